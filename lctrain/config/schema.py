@@ -1,0 +1,377 @@
+"""Every setting of `lctrain train`, as frozen typed objects with their meaning and unit.
+
+Hydra composes YAML and overrides into a plain tree; `lctrain.config.decode` turns that tree into these objects and refuses
+whatever does not fit. Only checks that need nothing but the config live here; what needs the data is checked by the loader.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Positive = Annotated[int, Field(gt=0)]
+NonNegative = Annotated[int, Field(ge=0)]
+PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+
+
+class Strict(BaseModel):
+    """Base of all settings: immutable, no unknown keys, no silent type conversion, docstrings as field docs."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True, protected_namespaces=())
+
+
+class RopeConfig(Strict):
+    """Rotary position embedding and how it is stretched to longer context."""
+
+    theta: PositiveFloat = 10_000.0
+    """Base of the rotation frequencies."""
+    scaling: Literal["none", "linear", "yarn", "llama3"] = "none"
+    """Rule that stretches the frequencies: none, linear (position interpolation), yarn, or llama3 (by-part smoothing)."""
+    factor: PositiveFloat = 1.0
+    """Ratio of the wanted context to the original one; used by every rule but `none`."""
+    original_max_position: Positive = 8192
+    """Context length, in tokens, of the model before stretching (yarn, llama3)."""
+    low_freq_factor: PositiveFloat = 1.0
+    """llama3: wavelengths longer than original_max_position / this are stretched fully."""
+    high_freq_factor: PositiveFloat = 4.0
+    """llama3: wavelengths shorter than original_max_position / this are left alone."""
+    beta_fast: PositiveFloat = 32.0
+    """yarn: rotations over the original context above which a frequency is left alone."""
+    beta_slow: PositiveFloat = 1.0
+    """yarn: rotations over the original context below which a frequency is stretched fully."""
+
+    @model_validator(mode="after")
+    def _check(self) -> RopeConfig:
+        if self.scaling == "none" and self.factor != 1.0:
+            raise ValueError(f"rope.factor={self.factor} has no effect with rope.scaling=none; choose linear, yarn or llama3")
+        if self.high_freq_factor <= self.low_freq_factor:
+            raise ValueError(
+                f"rope.high_freq_factor={self.high_freq_factor} must exceed rope.low_freq_factor={self.low_freq_factor}"
+            )
+        return self
+
+
+class AttentionConfig(Strict):
+    """Grouped-query attention, the symbols `*` (full) and `W` (sliding window)."""
+
+    n_heads: Positive = 4
+    """Query heads."""
+    n_kv_heads: Positive = 4
+    """Key/value heads; must divide n_heads. 1 is multi-query attention."""
+    head_dim: Positive | None = None
+    """Size of a head; null means d_model / n_heads."""
+    bias: bool = False
+    """Bias on the query, key and value projections."""
+    out_bias: bool = False
+    """Bias on the output projection."""
+    qk_norm: bool = False
+    """RMSNorm over each query and key head before rotation (Qwen3)."""
+    window: Positive | None = None
+    """Tokens a `W` layer sees, the current one included; required if the pattern has a `W`."""
+    rope: RopeConfig = RopeConfig()
+    """Rotary position embedding."""
+
+
+class MlpConfig(Strict):
+    """Feed-forward network, the symbol `-`."""
+
+    d_ff: Positive = 512
+    """Hidden width."""
+    activation: Literal["swiglu", "gelu", "relu2"] = "swiglu"
+    """swiglu has a gate (three matrices); gelu (tanh form) and relu2 (squared ReLU) have two."""
+    bias: bool = False
+    """Bias on all projections."""
+
+
+class ModelConfig(Strict):
+    """A model is a pattern string of residual sublayers, plus the settings of each symbol."""
+
+    name: str = "custom"
+    """Name of the preset, for people."""
+    pattern: str
+    """One symbol per sublayer: `*` attention, `W` windowed attention, `-` MLP; repeats as in `(*-){12}`."""
+    d_model: Positive
+    """Width of the residual stream."""
+    vocab_size: Positive
+    """Rows of the embedding; token ids must lie below it."""
+    attention: AttentionConfig = AttentionConfig()
+    """Settings of `*` and `W`."""
+    mlp: MlpConfig = MlpConfig()
+    """Settings of `-`."""
+    norm_eps: PositiveFloat = 1e-5
+    """Epsilon of every RMSNorm."""
+    tie_embeddings: bool = False
+    """Use the embedding matrix as the output projection too."""
+    init_std: PositiveFloat = 0.02
+    """Standard deviation of the initial weights; projections into the residual stream get it divided by sqrt(sublayers)."""
+
+    @model_validator(mode="after")
+    def _check(self) -> ModelConfig:
+        from lctrain.models.pattern import parse_pattern
+
+        symbols = {layer.symbol for layer in parse_pattern(self.pattern)}
+        attention = self.attention
+        if symbols & {"*", "W"}:
+            if attention.n_heads % attention.n_kv_heads:
+                raise ValueError(
+                    f"attention.n_heads={attention.n_heads} is not a multiple of attention.n_kv_heads={attention.n_kv_heads}"
+                )
+            if attention.head_dim is None and self.d_model % attention.n_heads:
+                raise ValueError(
+                    f"d_model={self.d_model} is not a multiple of attention.n_heads={attention.n_heads};"
+                    " set attention.head_dim or change one of them"
+                )
+            head_dim = attention.head_dim or self.d_model // attention.n_heads
+            if head_dim % 2:
+                raise ValueError(f"a head of size {head_dim} cannot be rotated: rotary embedding needs an even head_dim")
+        if "W" in symbols and attention.window is None:
+            raise ValueError(f"pattern {self.pattern!r} has a W sublayer: set attention.window (tokens)")
+        return self
+
+
+class CorpusConfig(Strict):
+    """One prepared corpus: the files <prefix>.bin, <prefix>.idx and <prefix>.json."""
+
+    prefix: str
+    """Path without ending, as given to `lctrain data prepare output=`."""
+    weight: PositiveFloat = 1.0
+    """Share of the samples drawn from this corpus, relative to the other corpora's weights."""
+    source: tuple[str, ...] | None = None
+    """Files, folders or globs to prepare the corpus from if it does not exist yet; `python:` is the Python installation's own
+    sources and documentation. Null: the corpus must exist."""
+
+
+class DataConfig(Strict):
+    """What is read, and how documents become samples."""
+
+    corpora: Annotated[tuple[CorpusConfig, ...], Field(min_length=1)]
+    """Corpora to blend."""
+    tokenizer: str = "bytes"
+    """`bytes`, `dna` or the path of a Hugging Face tokenizer.json; must be the one the corpora were prepared with."""
+    split_documents: bool = True
+    """True: samples are cut from the stream of shuffled documents, so a document may continue in the next sample. False: whole
+    documents are packed into samples (padded where none fits); only those longer than a sample are split."""
+    valid_fraction: Fraction = 0.02
+    """Share of the documents held out for evaluation, chosen by a hash of the document's number."""
+    shuffle_window: Positive = 1024
+    """Samples are shuffled within windows of this many, so that parts of one long document do not follow each other."""
+    prefetch: Positive = 2
+    """Global batches prepared ahead of the step."""
+    workers: Positive = 1
+    """Threads per process that prepare batches; results do not depend on it."""
+
+
+class ParallelConfig(Strict):
+    """How the work is cut over processes."""
+
+    cp: Positive = 1
+    """Context-parallel size: processes that share one sequence."""
+    dp: Positive | None = None
+    """Data-parallel size; null means processes / cp."""
+    layout: Literal["contiguous", "zigzag", "striped"] = "zigzag"
+    """Which tokens each context-parallel rank owns; zigzag and striped balance causal attention."""
+    attention: Literal["ring", "all_gather"] = "ring"
+    """How keys and values reach the queries: passed round a ring, or gathered at once."""
+
+
+class EngineConfig(Strict):
+    """Who owns gradients and the optimizer step."""
+
+    name: Literal["torch"] = "torch"
+    """torch: one process, DDP or FSDP2."""
+    data_parallel: Literal["ddp", "fsdp"] = "ddp"
+    """ddp: every process holds all weights. fsdp: weights, gradients and optimizer state are sharded over dp x cp."""
+    dtype: Literal["fp32", "bf16"] = "fp32"
+    """Arithmetic of the layers; weights, gradients, optimizer state, norms' statistics and the loss stay fp32."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto takes CUDA where there is one."""
+    activation_checkpointing: Literal["none", "layer"] = "none"
+    """layer: keep only each sublayer's input and recompute the rest in backward."""
+
+
+class ScheduleConfig(Strict):
+    """Learning rate over the run."""
+
+    kind: Literal["cosine", "linear", "wsd", "constant"] = "cosine"
+    """Shape after warm-up; wsd stays flat, then falls linearly over decay_fraction of the steps."""
+    warmup_steps: NonNegative = 0
+    """Steps of linear rise from 0 to lr."""
+    min_ratio: Fraction = 0.1
+    """Final learning rate as a fraction of lr."""
+    decay_fraction: Fraction = 0.2
+    """wsd: fraction of the steps, at the end, over which the rate falls."""
+
+
+class OptimConfig(Strict):
+    """AdamW; matrices decay, vectors (norms, biases) do not."""
+
+    lr: PositiveFloat = 1e-3
+    """Peak learning rate."""
+    beta1: Fraction = 0.9
+    """Decay of the first moment."""
+    beta2: Fraction = 0.95
+    """Decay of the second moment."""
+    eps: PositiveFloat = 1e-8
+    """Added to the root of the second moment."""
+    weight_decay: NonNegativeFloat = 0.1
+    """Decoupled weight decay of matrices."""
+    clip_norm: PositiveFloat | None = 1.0
+    """Global gradient norm above which gradients are scaled down; null: never."""
+    schedule: ScheduleConfig = ScheduleConfig()
+    """Learning rate over the run."""
+
+
+class StageConfig(Strict):
+    """One stage of sequence-length warm-up."""
+
+    steps: Positive
+    """Optimizer steps of this stage."""
+    seq_len: Positive
+    """Tokens per sample in this stage."""
+
+
+class TrainerConfig(Strict):
+    """The loop."""
+
+    steps: Positive = 100
+    """Optimizer steps of the whole run."""
+    seq_len: Positive = 1024
+    """Tokens per sample (after the stages)."""
+    stages: tuple[StageConfig, ...] = ()
+    """Sequence-length warm-up: stages run first, in order; the rest of the run uses seq_len."""
+    global_batch: Positive = 4
+    """Samples per optimizer step over all processes."""
+    micro_batch: Positive = 1
+    """Samples per forward pass and data-parallel rank; what remains of global_batch is accumulated."""
+    seed: NonNegative = 0
+    """Seed of initial weights and of data order."""
+    z_loss: NonNegativeFloat = 0.0
+    """Weight of the mean squared log-partition of the logits, added to the loss."""
+    loss_chunk: Positive = 1024
+    """Tokens whose logits exist at once in the loss."""
+    non_finite: Literal["stop", "skip"] = "stop"
+    """What to do when loss or gradient norm is not finite: stop the run, or skip the step's update."""
+    max_skips: NonNegative = 10
+    """non_finite=skip: stop after this many skipped steps in a row."""
+    eval_every: NonNegative = 0
+    """Steps between evaluations on the held-out documents; 0: never."""
+    eval_batches: Positive = 4
+    """Global batches per evaluation."""
+
+
+class CheckpointConfig(Strict):
+    """When checkpoints are written and which are kept."""
+
+    every: NonNegative = 100
+    """Steps between checkpoints; 0: only at the end of the run or when it is interrupted."""
+    keep_last: Positive = 2
+    """Newest checkpoints kept."""
+    keep_every: Positive | None = None
+    """Checkpoints at multiples of this many steps are kept for good."""
+
+
+class LauncherConfig(Strict):
+    """Who starts the processes."""
+
+    kind: Literal["local"] = "local"
+    """local: this command starts them on this machine (under torchrun, torchrun's processes are used instead)."""
+    processes: Positive = 1
+    """Processes to start."""
+    threads: Positive | None = None
+    """CPU threads per process; null: the machine's cores / processes, at least 1."""
+    timeout_s: Positive = 600
+    """Seconds after which a blocked collective counts as failed."""
+    grace_s: Positive = 30
+    """Seconds the other processes get to end after one has died or a stop was asked for twice."""
+
+
+class WandbConfig(Strict):
+    """Weights & Biases."""
+
+    mode: Literal["disabled", "offline", "online"] = "disabled"
+    """offline writes a run folder that `wandb sync` uploads later."""
+    project: str = "lctrain"
+    """Project name."""
+    entity: str | None = None
+    """Team or user."""
+    group: str | None = None
+    """Group of runs."""
+    tags: tuple[str, ...] = ()
+    """Tags."""
+
+
+class TrackingConfig(Strict):
+    """Where metrics go besides <run_dir>/metrics.jsonl."""
+
+    wandb: WandbConfig = WandbConfig()
+    """Weights & Biases."""
+    plot: bool = True
+    """Draw <run_dir>/loss.png when the run ends."""
+    log_every: Positive = 1
+    """Steps between console lines (metrics.jsonl has every step)."""
+
+
+class TrainConfig(Strict):
+    """All of `lctrain train`."""
+
+    run_dir: str
+    """Folder of the run: config, metrics, checkpoints, plots, log."""
+    resume: str = "auto"
+    """auto: newest verified checkpoint of run_dir if there is one; never: refuse a run_dir that has one; or the path of a
+    checkpoint folder to start from."""
+    model: ModelConfig
+    """The network."""
+    data: DataConfig
+    """The text."""
+    parallel: ParallelConfig = ParallelConfig()
+    """How the work is cut over processes."""
+    engine: EngineConfig = EngineConfig()
+    """Who owns gradients and the optimizer step."""
+    optim: OptimConfig = OptimConfig()
+    """Optimizer."""
+    trainer: TrainerConfig = TrainerConfig()
+    """The loop."""
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    """Checkpoints."""
+    launcher: LauncherConfig = LauncherConfig()
+    """Processes."""
+    tracking: TrackingConfig = TrackingConfig()
+    """Metrics."""
+
+    @model_validator(mode="after")
+    def _check(self) -> TrainConfig:
+        self.check_layout(self.launcher.processes)
+        staged = sum(stage.steps for stage in self.trainer.stages)
+        if staged >= self.trainer.steps and self.trainer.stages:
+            raise ValueError(
+                f"trainer.stages cover {staged} steps but trainer.steps={self.trainer.steps}: leave at least one step for seq_len"
+            )
+        if self.optim.schedule.warmup_steps > self.trainer.steps:
+            raise ValueError(
+                f"optim.schedule.warmup_steps={self.optim.schedule.warmup_steps} exceeds trainer.steps={self.trainer.steps}"
+            )
+        return self
+
+    def check_layout(self, processes: int) -> int:
+        """Data-parallel size for `processes` processes; ValueError with the fix if the layout does not divide."""
+        cp, dp = self.parallel.cp, self.parallel.dp
+        if processes % cp:
+            fits = [n for n in range(1, processes + 1) if processes % n == 0]
+            raise ValueError(
+                f"launcher.processes={processes} is not a multiple of parallel.cp={cp}; with {processes} processes"
+                f" parallel.cp can be {', '.join(map(str, fits))}"
+            )
+        if dp is not None and dp * cp != processes:
+            raise ValueError(f"parallel.dp={dp} x parallel.cp={cp} is {dp * cp}, but launcher.processes={processes}")
+        dp = processes // cp
+        per_pass = dp * self.trainer.micro_batch
+        if self.trainer.global_batch % per_pass:
+            raise ValueError(
+                f"trainer.global_batch={self.trainer.global_batch} is not a multiple of data-parallel size {dp}"
+                f" x trainer.micro_batch={self.trainer.micro_batch}; nearest that fits:"
+                f" {max(1, round(self.trainer.global_batch / per_pass)) * per_pass}"
+            )
+        return dp

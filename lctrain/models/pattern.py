@@ -1,0 +1,55 @@
+"""The pattern string: one symbol per residual sublayer, with repeats, parsed into layer specs.
+
+Grammar (a superset of megatron-core's hybrid pattern):  pattern = item+ ;  item = (symbol | "(" pattern ")") ["{" count "}"].
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+SYMBOLS = {"*": "attention", "W": "windowed attention", "-": "MLP"}
+
+
+class LayerSpec(NamedTuple):
+    """One residual sublayer: its symbol and its place in the model, counted from 0."""
+
+    symbol: str
+    index: int
+
+
+def parse_pattern(pattern: str) -> tuple[LayerSpec, ...]:
+    """Expand `(*-){2}W-` into one LayerSpec per sublayer; ValueError points at the character that does not fit."""
+    symbols, end = _items(pattern, 0, depth=0)
+    if end != len(pattern):
+        raise ValueError(f"pattern {pattern!r}: unexpected {pattern[end]!r} at character {end + 1}")
+    if not symbols:
+        raise ValueError("pattern is empty: give at least one sublayer, as in '(*-){4}'")
+    return tuple(LayerSpec(symbol, index) for index, symbol in enumerate(symbols))
+
+
+def _items(pattern: str, at: int, depth: int) -> tuple[list[str], int]:
+    expanded: list[str] = []
+    while at < len(pattern) and pattern[at] != ")":
+        if pattern[at] == "(":
+            item, at = _items(pattern, at + 1, depth + 1)
+            if at >= len(pattern):
+                raise ValueError(f"pattern {pattern!r}: a '(' is never closed")
+            at += 1
+        elif pattern[at] in SYMBOLS:
+            item, at = [pattern[at]], at + 1
+        else:
+            known = ", ".join(f"{symbol} ({name})" for symbol, name in SYMBOLS.items())
+            raise ValueError(f"pattern {pattern!r}: unknown symbol {pattern[at]!r} at character {at + 1}; known are {known}")
+        count, at = _count(pattern, at)
+        expanded += item * count
+    return expanded, at
+
+
+def _count(pattern: str, at: int) -> tuple[int, int]:
+    if at >= len(pattern) or pattern[at] != "{":
+        return 1, at
+    close = pattern.find("}", at)
+    digits = pattern[at + 1 : close] if close > 0 else ""
+    if not digits.isdecimal() or int(digits) == 0:
+        raise ValueError(f"pattern {pattern!r}: a repeat is written {{n}} with n at least 1 (character {at + 1})")
+    return int(digits), close + 1
