@@ -49,7 +49,9 @@ class SequenceLayout:
         if self.kind not in KINDS:
             raise ValueError(f"unknown sequence layout {self.kind!r}: choose one of {', '.join(KINDS)}")
         if self.world_size < 1 or self.length < 1:
-            raise ValueError(f"a sequence layout needs world_size >= 1 and length >= 1, got {self.world_size} and {self.length}")
+            raise ValueError(
+                f"a sequence layout needs world_size >= 1 and length >= 1, got {self.world_size} and {self.length}"
+            )
 
     @property
     def chunks(self) -> int:
