@@ -11,12 +11,16 @@ from lctrain.errors import UserError
 
 
 class HelpRequested(Exception):
-    """`--help` stood among a command's arguments: the command line prints the command's usage and this schema's settings."""
+    """`--help` stood among a command's arguments: the command line prints the command's usage and its settings.
 
-    def __init__(self, schema: Any, root: str) -> None:
+    schema: the settings class, or None; root: its config; usage: set by a subcommand, else the command's docstring is used.
+    """
+
+    def __init__(self, schema: Any, root: str, usage: str | None = None) -> None:
         super().__init__(root)
         self.schema = schema
         self.root = root
+        self.usage = usage
 
 
 class Arguments(NamedTuple):
@@ -48,3 +52,12 @@ def sort_arguments(args: list[str]) -> Arguments:
         else:
             overrides.append(arg)
     return Arguments(overrides, config_dir, wants_help)
+
+
+def no_arguments(args: list[str]) -> None:
+    """For commands without settings: HelpRequested for `--help`, UserError for anything else."""
+    arguments = sort_arguments(args)
+    if arguments.help:
+        raise HelpRequested(None, "")
+    if arguments.overrides:
+        raise UserError(f"{arguments.overrides[0]}: this command takes no settings")

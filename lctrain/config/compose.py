@@ -71,7 +71,7 @@ class Library:
         if root not in self.roots():
             return {}
         known = self._readable(lambda: self._loader.compute_defaults_list(root, [], RunMode.RUN)).overrides.known_choices
-        return {group: choice for group, choice in known.items() if not group.startswith("hydra/")}
+        return {group: choice for group, choice in reversed(known.items()) if not group.startswith("hydra/")}
 
     def compose(self, root: str, choices: list[str]) -> tuple[DictConfig, list[ConfigFile]]:
         """The merged tree of `root` under Hydra group overrides, and its files in the order in which they were merged.
