@@ -1,0 +1,83 @@
+"""What rank 0 tells the world about the run; the other ranks hold a tracker that says nothing."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from lctrain.config.schema import TrainConfig
+from lctrain.run_dir import RunDir
+from lctrain.tracking.console_line import ConsoleLine
+from lctrain.tracking.jsonl import MetricsLog, append_event
+
+
+class Tracker:
+    """Hands every step's record to metrics.jsonl, the terminal and wandb, and every event to events.jsonl.
+
+    Trackers observe: except for a full disk under metrics.jsonl, nothing that goes wrong here reaches the training loop.
+    """
+
+    def __init__(self, run: RunDir, config: TrainConfig, start_step: int) -> None:
+        """start_step: finished steps that the run continues from, 0 for a new one."""
+        self._run = run
+        self._console = ConsoleLine(config.trainer.steps, config.tracking.log_every, start_step)
+        self._wandb = None
+        if config.tracking.wandb.mode != "disabled":
+            from lctrain.tracking.wandb import WandbLog
+
+            self._wandb = WandbLog(run, config, self.message)
+        self._metrics = MetricsLog(run.metrics, start_step)
+
+    def step(self, record: dict[str, Any]) -> None:
+        """Record one finished step.
+
+        Scalars of any name; `step` (finished steps, counted from 1) is required. The console line shows those it knows: loss,
+        grad_norm, lr, tokens_per_s, step_s, data_wait_s, mfu, memory_mb, eval_loss, skipped.
+        """
+        self._metrics.step(record)
+        self._console.step(record)
+        if self._wandb:
+            self._wandb.step(record)
+
+    def event(self, kind: str, **fields: Any) -> None:
+        """Note in events.jsonl that something happened: start, resume, checkpoint, skip, stop, end."""
+        append_event(self._run.events, kind, **fields)
+
+    def message(self, text: str) -> None:
+        """A line for the person at the terminal."""
+        self._console.message(text)
+
+    def close(self, status: int = 0) -> None:
+        """Finish all outputs; wandb gets a bounded time to do so."""
+        self._console.close()
+        self._metrics.close()
+        if self._wandb:
+            self._wandb.close(status)
+
+
+class SilentTracker(Tracker):
+    """The tracker of ranks other than 0."""
+
+    def __init__(self) -> None:
+        pass
+
+    def step(self, record: dict[str, Any]) -> None:
+        pass
+
+    def event(self, kind: str, **fields: Any) -> None:
+        pass
+
+    def message(self, text: str) -> None:
+        pass
+
+    def close(self, status: int = 0) -> None:
+        pass
+
+
+def open_tracker(config: TrainConfig, rank: int, start_step: int) -> Tracker:
+    """The tracker of a rank; `start_step` finished steps are kept in the run's files, later ones are forgotten."""
+    if rank > 0:
+        return SilentTracker()
+    run = RunDir(Path(config.run_dir))
+    run.path.mkdir(parents=True, exist_ok=True)
+    return Tracker(run, config, start_step)

@@ -1,0 +1,122 @@
+"""Metrics to Weights & Biases, without ever holding up or ending the training."""
+
+from __future__ import annotations
+
+import importlib.util
+import queue
+import secrets
+import threading
+from collections.abc import Callable
+from typing import Any
+
+from lctrain.config.schema import TrainConfig
+from lctrain.errors import UserError
+from lctrain.run_dir import RunDir
+from lctrain.whole_file import write_text
+
+WAITING_RECORDS = 10_000
+"""Records kept while wandb does not answer; further ones are only in metrics.jsonl."""
+START_S = 60
+"""What an online run gets to reach the service before it is recorded offline."""
+CLOSE_S = 30
+"""What wandb gets to send the rest at the end of the run."""
+
+
+def check_wandb(config: TrainConfig) -> None:
+    """UserError if the config asks for wandb and the package is missing."""
+    mode = config.tracking.wandb.mode
+    if mode != "disabled" and importlib.util.find_spec("wandb") is None:
+        raise UserError(f"tracking.wandb.mode={mode} needs wandb: pip install 'lctrain[wandb]', or set it to disabled")
+
+
+class WandbLog:
+    """One wandb run per run directory, continued under the same id after every restart; its files lie under <run_dir>/wandb.
+
+    A thread of its own does everything, as starting, logging and finishing may each wait for a network. A failure is said once
+    and ends the recording; a service that cannot be reached at the start makes the run an offline one.
+    """
+
+    def __init__(self, run: RunDir, config: TrainConfig, say: Callable[[str], None]) -> None:
+        check_wandb(config)
+        self._folder, self._say = run, say
+        self._config = config
+        self._records: queue.Queue[dict[str, Any] | None] = queue.Queue(WAITING_RECORDS)
+        self._status = 0
+        self._overflow = False
+        self._thread = threading.Thread(target=self._record, name="wandb", daemon=True)
+        self._thread.start()
+
+    def step(self, record: dict[str, Any]) -> None:
+        """Queue one record; `step` in it is the x axis, so steps that are done again after a crash may come twice."""
+        try:
+            self._records.put_nowait(record)
+        except queue.Full:
+            if not self._overflow and self._thread.is_alive():
+                self._overflow = True
+                self._say(f"wandb does not keep up: {WAITING_RECORDS} records wait; later ones are only in metrics.jsonl")
+
+    def close(self, status: int) -> None:
+        """Mark the run finished (0) or failed, and wait at most CLOSE_S for wandb to write and send what it has."""
+        self._status = status
+        if self._thread.is_alive():
+            try:
+                self._records.put(None, timeout=CLOSE_S / 2)
+            except queue.Full:
+                return
+            self._thread.join(CLOSE_S)
+            if self._thread.is_alive():
+                self._say(
+                    f"wandb has not finished after {CLOSE_S} s; send the rest with: wandb sync {self._folder.wandb}/*run-*"
+                )
+
+    def _record(self) -> None:
+        try:
+            run = self._start()
+            while (record := self._records.get()) is not None:
+                run.log(record)
+            run.finish(exit_code=self._status)
+        except BaseException as error:  # SystemExit included: whatever wandb does, the training goes on
+            self._say(f"wandb is off for the rest of the run: {_first_line(error)}")
+
+    def _start(self) -> Any:
+        mode = self._config.tracking.wandb.mode
+        if mode == "online":
+            try:
+                return self._init("online")
+            except Exception as error:
+                self._say(
+                    f"wandb cannot be reached ({_first_line(error)}); recording offline,"
+                    f" send it later with: wandb sync {self._folder.wandb}/offline-run-*"
+                )
+        return self._init("offline")
+
+    def _init(self, mode: str) -> Any:
+        import wandb
+
+        settings = self._config.tracking.wandb
+        run = wandb.init(
+            mode=mode,
+            id=self._run_id(),
+            resume="allow",
+            dir=self._folder.path,
+            name=self._folder.path.resolve().name,
+            project=settings.project,
+            entity=settings.entity,
+            group=settings.group,
+            tags=settings.tags,
+            config=self._config.model_dump(mode="json"),
+            settings=wandb.Settings(silent=True, console="off", init_timeout=START_S),
+        )
+        run.define_metric("step")
+        run.define_metric("*", step_metric="step")
+        return run
+
+    def _run_id(self) -> str:
+        path = self._folder.wandb_id
+        if not path.exists():
+            write_text(path, secrets.token_hex(4) + "\n")
+        return path.read_text().strip()
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
