@@ -16,7 +16,6 @@ from lctrain.kernels.attention import fused
 from lctrain.kernels.attention.band import Band
 from lctrain.kernels.attention.merge import merge_
 from lctrain.parallel.group import SequenceGroup
-from lctrain.parallel.layout import SequenceLayout
 from lctrain.parallel.mask import RowBand
 from lctrain.parallel.plan import AttentionPlan, PlannedStep, Work
 from lctrain.parallel.schedule import Chunk, Transfer
@@ -48,7 +47,7 @@ class ScheduledAttention(torch.autograd.Function):
 
 
 class _Keys(NamedTuple):
-    """Keys and values of some chunks of one owner: k, v [B, tokens, Hkv, D] whose token 0 is the owner's local index `start`."""
+    """k, v [B, tokens, Hkv, D] of some chunks of one owner; token 0 is the owner's local index `start`."""
 
     k: Tensor
     v: Tensor
@@ -131,7 +130,8 @@ class _Courier:
         before = dict(self.packed)
         for owner in dict.fromkeys(t.item.chunk.owner for t in transfers):
             indices = [t.item.chunk.index for t in transfers if t.item.chunk.owner == owner]
-            assert owner not in self.keys and indices == list(range(indices[0], indices[-1] + 1))
+            assert owner not in self.keys
+            assert indices == list(range(indices[0], indices[-1] + 1))
             like = self.packed[Chunk(self.rank, 0)]
             self._register(owner, indices[0], like.new_empty(len(indices) * like.shape[0], *like.shape[1:]))
         return {chunk: buffer for chunk, buffer in self.packed.items() if chunk not in before}

@@ -168,7 +168,7 @@ def shift_labels(tokens: Tensor, documents: Sequence[Sequence[int]], next_tokens
 
 
 def document_positions(documents: Sequence[Sequence[int]], length: int) -> Tensor:
-    """Position of each token within its document, int64 [B, length]; padding counts on from the last border as if a document."""
+    """Position of each token within its document, int64 [B, length]; padding counts as one more document."""
     positions = torch.empty(len(documents), length, dtype=torch.int64)
     for row, borders in enumerate(documents):
         at = torch.arange(length)

@@ -8,6 +8,7 @@ n - m lies in an interval. No strategy has to know any mask.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Iterable
 from functools import lru_cache
 from typing import NamedTuple
@@ -49,7 +50,7 @@ class AttentionMask:
         if not self.documents:
             raise ValueError("an attention mask needs the document borders of at least one row; (0, length) is one document")
         for borders in self.documents:
-            if len(borders) < 2 or borders[0] != 0 or any(a >= b for a, b in zip(borders, borders[1:], strict=False)):
+            if len(borders) < 2 or borders[0] != 0 or any(a >= b for a, b in itertools.pairwise(borders)):
                 raise ValueError(f"document borders must rise from 0 to the end of the last document, got {borders}")
 
     @classmethod
@@ -72,6 +73,10 @@ class AttentionMask:
         rows = len(self.documents)
         return sum(((part.row1 or rows) - part.row0) * part.band.entries for part in self.bands(layout, queries, keys))
 
+    def total_entries(self, length: int) -> int:
+        """Live score entries of the whole sequence of `length` tokens, per head, summed over rows."""
+        return self.entries(SequenceLayout("contiguous", 1, length), (0, (0,)), (0, (0,)))
+
     def live(self, length: int) -> Tensor:
         """Boolean [rows, length, length]: the mask written out, for oracles and small sizes."""
         offset = torch.arange(length) - torch.arange(length)[:, None]
@@ -81,7 +86,7 @@ class AttentionMask:
         rows = []
         for borders in self.documents:
             same = torch.zeros_like(allowed)
-            for start, end in zip(borders, borders[1:], strict=False):
+            for start, end in itertools.pairwise(borders):
                 same[start:end, start:end] = True
             rows.append(allowed & same)
         return torch.stack(rows)
@@ -98,7 +103,7 @@ def _bands(
         same = row + 1
         while same < len(rows) and rows[same] == rows[row]:
             same += 1
-        for start, end in zip(rows[row], rows[row][1:], strict=False):
+        for start, end in itertools.pairwise(rows[row]):
             mine = [part for chunk in queries[1] for part in _within(layout.segments(queries[0])[chunk], start, end)]
             theirs = [part for chunk in keys[1] for part in _within(layout.segments(keys[0])[chunk], start, end)]
             bands = [band for q in mine for k in theirs if (band := _between(mask, q, k))]

@@ -1,0 +1,87 @@
+"""Grouped-query attention: the mixers `*` (all of the document) and `W` (a sliding window)."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lctrain.config.schema import ModelConfig
+from lctrain.models.layers import Linear, RMSNorm
+from lctrain.models.rope import rotate, rotation
+from lctrain.parallel.mask import AttentionMask, Borders
+from lctrain.parallel.sequence import SequenceMeta
+
+
+class KeyValueCache:
+    """Keys and values of the tokens so far, [B, tokens, Hkv, D]; grows in place by doubling."""
+
+    def __init__(self) -> None:
+        self.tokens = 0
+        self._keys = self._values = torch.empty(0)
+
+    def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Add the newest tokens' k and v; returns all of them."""
+        end = self.tokens + k.shape[1]
+        if self.tokens == 0 or end > self._keys.shape[1]:
+            shape = (k.shape[0], max(end, 2 * self.tokens), *k.shape[2:])
+            keys, values = k.new_empty(shape), v.new_empty(shape)
+            if self.tokens:
+                keys[:, : self.tokens], values[:, : self.tokens] = self._keys[:, : self.tokens], self._values[:, : self.tokens]
+            self._keys, self._values = keys, values
+        self._keys[:, self.tokens : end], self._values[:, self.tokens : end] = k, v
+        self.tokens = end
+        return self._keys[:, :end], self._values[:, :end]
+
+
+class Attention(nn.Module):
+    """Causal self-attention within documents, over a sequence that may be spread over ranks."""
+
+    def __init__(self, config: ModelConfig, windowed: bool) -> None:
+        super().__init__()
+        settings = config.attention
+        self.rope = settings.rope
+        self.window = settings.window if windowed else None
+        self.head_dim = settings.head_dim or config.d_model // settings.n_heads
+        self.q = Linear(config.d_model, settings.n_heads * self.head_dim, settings.bias)
+        self.k = Linear(config.d_model, settings.n_kv_heads * self.head_dim, settings.bias)
+        self.v = Linear(config.d_model, settings.n_kv_heads * self.head_dim, settings.bias)
+        self.out = Linear(settings.n_heads * self.head_dim, config.d_model, settings.out_bias, residual=True)
+        self.q_norm = RMSNorm(self.head_dim, config.norm_eps) if settings.qk_norm else None
+        self.k_norm = RMSNorm(self.head_dim, config.norm_eps) if settings.qk_norm else None
+
+    def forward(self, x: Tensor, seq: SequenceMeta) -> Tensor:
+        """x [B, T, d_model] -> same shape."""
+        turn = seq.once(("rotation", self.rope, self.head_dim), lambda: rotation(self.rope, self.head_dim, seq.positions))
+        q, k, v = self._project(x, *turn)
+        return self.out(seq.attend(q, k, v, self.window).flatten(2))
+
+    def new_state(self) -> KeyValueCache:
+        """State for `decode`."""
+        return KeyValueCache()
+
+    def decode(self, x: Tensor, state: KeyValueCache) -> Tensor:
+        """The newest tokens x [B, S, d_model] of one document, given the state after the earlier ones; one process."""
+        start = state.tokens
+        positions = torch.arange(start, start + x.shape[1], device=x.device).expand(x.shape[0], -1)
+        q, k, v = self._project(x, *rotation(self.rope, self.head_dim, positions))
+        k, v = state.append(k, v)
+        offset = torch.arange(k.shape[1], device=x.device) - positions[0, :, None]
+        live = offset <= 0 if self.window is None else (offset <= 0) & (offset > -self.window)
+        heads = (t.transpose(1, 2) for t in (q, k, v))
+        mixed = F.scaled_dot_product_attention(*heads, attn_mask=live, enable_gqa=True)
+        return self.out(mixed.transpose(1, 2).flatten(2))
+
+    def flops(self, documents: tuple[Borders, ...]) -> int:
+        """Multiply-adds x 2 of one forward pass over whole sequences with these documents, live score entries only."""
+        length = max(borders[-1] for borders in documents)
+        tokens = sum(borders[-1] for borders in documents)
+        mask = AttentionMask(documents, causal=True, window=self.window)
+        products = sum(p.numel() for p in (self.q.weight, self.k.weight, self.v.weight, self.out.weight))
+        return 2 * tokens * products + 4 * self.q.weight.shape[0] * mask.total_entries(length)
+
+    def _project(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        q, k, v = (project(x).unflatten(-1, (-1, self.head_dim)) for project in (self.q, self.k, self.v))
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        return rotate(q, cos, sin), rotate(k, cos, sin), v

@@ -1,0 +1,39 @@
+"""Linear and RMSNorm with fp32 weights that compute in the dtype of their input.
+
+The optimizer's weights stay fp32; a layer fed with bf16 casts its weight for the product, so gradients reach fp32 weights.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class Linear(nn.Module):
+    """y = x W^T + b, computed in x's dtype. `residual` marks a projection into the residual stream (smaller initial weights)."""
+
+    def __init__(self, d_in: int, d_out: int, bias: bool = False, residual: bool = False) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(d_out, d_in))
+        self.bias = nn.Parameter(torch.empty(d_out)) if bias else None
+        self.residual = residual
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., d_in] -> [..., d_out]."""
+        return F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight over the last dimension, statistics in fp32 (Zhang and Sennrich 2019)."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Any shape whose last dimension is `size`; same dtype out."""
+        wide = torch.promote_types(x.dtype, torch.float32)
+        weight = self.weight.to(x.dtype).to(wide)  # rounded as a sharded engine's bf16 weights are: layouts must agree
+        return F.rms_norm(x.to(wide), weight.shape, weight, self.eps).to(x.dtype)

@@ -1,0 +1,101 @@
+"""The language model: embedding, a stack of residual sublayers named by the pattern, norm, loss."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from lctrain.config.schema import ModelConfig
+from lctrain.models.layers import Linear, RMSNorm
+from lctrain.models.loss import linear_cross_entropy
+from lctrain.models.pattern import LayerSpec, parse_pattern
+from lctrain.models.registry import build_mixer
+from lctrain.parallel.mask import Borders
+from lctrain.parallel.sequence import SequenceMeta
+
+
+class LossSums(NamedTuple):
+    """Sums over this rank's targets: the objective (with gradient), the cross-entropy alone, and each token's loss [B, T]."""
+
+    objective: Tensor
+    cross_entropy: Tensor
+    per_token: Tensor
+
+
+class Sublayer(nn.Module):
+    """x + mixer(norm(x))."""
+
+    def __init__(self, spec: LayerSpec, config: ModelConfig) -> None:
+        super().__init__()
+        self.norm = RMSNorm(config.d_model, config.norm_eps)
+        self.mixer = build_mixer(spec, config)
+
+    def forward(self, x: Tensor, seq: SequenceMeta) -> Tensor:
+        """x [B, T, d_model] -> same shape."""
+        return x + self.mixer(self.norm(x), seq)
+
+    def decode(self, x: Tensor, state: object) -> Tensor:
+        """As forward, for the newest tokens of one document."""
+        return x + self.mixer.decode(self.norm(x), state)
+
+
+class LanguageModel(nn.Module):
+    """A decoder. Weights are fp32; layers compute in `dtype`; the loss is fp32.
+
+    Args:
+        checkpointing: keep only each sublayer's input and recompute the rest in backward.
+    """
+
+    def __init__(self, config: ModelConfig, dtype: torch.dtype = torch.float32, checkpointing: bool = False) -> None:
+        super().__init__()
+        self.config, self.dtype, self.checkpointing = config, dtype, checkpointing
+        self.embedding = nn.Parameter(torch.empty(config.vocab_size, config.d_model))
+        self.layers = nn.ModuleList(Sublayer(spec, config) for spec in parse_pattern(config.pattern))
+        self.norm = RMSNorm(config.d_model, config.norm_eps)
+        self.head = None if config.tie_embeddings else Linear(config.d_model, config.vocab_size)
+
+    @property
+    def output_weight(self) -> Tensor:
+        """[vocab_size, d_model]: the head's matrix, or the embedding if they are tied."""
+        return self.embedding if self.head is None else self.head.weight
+
+    def forward(
+        self, tokens: Tensor, labels: Tensor, seq: SequenceMeta, loss_chunk: int = 1024, z_weight: float = 0.0
+    ) -> LossSums:
+        """tokens, labels: int64 [B, T], this rank's shard. See linear_cross_entropy for the rest."""
+        hidden = self.hidden(tokens, seq)
+        objective, cross_entropy, losses = linear_cross_entropy(
+            hidden.flatten(0, 1), self.output_weight, labels.flatten(), loss_chunk, z_weight
+        )
+        return LossSums(objective, cross_entropy, losses.view_as(labels))
+
+    def hidden(self, tokens: Tensor, seq: SequenceMeta) -> Tensor:
+        """Normed last hidden states, [B, T, d_model]."""
+        x = F.embedding(tokens, self.embedding).to(self.dtype)
+        for layer in self.layers:
+            if self.checkpointing and torch.is_grad_enabled():
+                x = checkpoint(layer, x, seq, use_reentrant=False, preserve_rng_state=False)
+            else:
+                x = layer(x, seq)
+        return self.norm(x)
+
+    def new_state(self) -> list[object]:
+        """State for `decode`, one entry per sublayer."""
+        return [layer.mixer.new_state() for layer in self.layers]
+
+    @torch.no_grad()
+    def decode(self, tokens: Tensor, state: list[object]) -> Tensor:
+        """fp32 logits [B, vocab_size] after the newest tokens [B, S] of one document; updates the state."""
+        x = F.embedding(tokens, self.embedding).to(self.dtype)
+        for layer, memory in zip(self.layers, state, strict=True):
+            x = layer.decode(x, memory)
+        return self.norm(x[:, -1]).float() @ self.output_weight.float().t()
+
+    def flops(self, documents: tuple[Borders, ...]) -> int:
+        """Multiply-adds x 2 of one forward pass over whole sequences with these documents; backward costs twice that."""
+        tokens = sum(borders[-1] for borders in documents)
+        return sum(layer.mixer.flops(documents) for layer in self.layers) + 2 * tokens * self.output_weight.numel()

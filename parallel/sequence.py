@@ -1,0 +1,47 @@
+"""SequenceMeta: what a mixer is told about the packed sequences whose shard it sees."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeVar
+
+from torch import Tensor
+
+from lctrain.parallel.attention import sequence_parallel_attention
+from lctrain.parallel.group import SequenceGroup
+from lctrain.parallel.layout import SequenceLayout
+from lctrain.parallel.mask import AttentionMask, Borders
+
+T = TypeVar("T")
+
+
+class SequenceMeta:
+    """One batch of packed sequences, seen from one rank of a sequence group.
+
+    positions: int64 [B, layout.local_length], restarting in every document.
+    documents: per batch row, the global document borders.
+    strategy: how attention moves keys and values.
+    """
+
+    def __init__(
+        self, layout: SequenceLayout, group: SequenceGroup, positions: Tensor, documents: tuple[Borders, ...], strategy: str
+    ) -> None:
+        self.layout, self.group, self.positions, self.documents, self.strategy = layout, group, positions, documents, strategy
+        self._made: dict[object, object] = {}
+
+    def once(self, key: object, make: Callable[[], T]) -> T:
+        """`make()` the first time `key` is asked for, the same object after that: what all layers share, such as rotations."""
+        if key not in self._made:
+            self._made[key] = make()
+        return self._made[key]  # type: ignore[return-value]
+
+    def mask(self, window: int | None = None) -> AttentionMask:
+        """Causal attention within documents."""
+        return self.once(("mask", window), lambda: AttentionMask(self.documents, causal=True, window=window))
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, window: int | None = None) -> Tensor:
+        """Causal attention within documents over the whole sequence: q [B, T, H, D], k, v [B, T, Hkv, D] -> [B, T, H, D]."""
+        out, _ = sequence_parallel_attention(
+            q, k, v, layout=self.layout, mask=self.mask(window), group=self.group, strategy=self.strategy
+        )
+        return out
