@@ -15,8 +15,6 @@ TEST_PACKAGES = ["pytest", "pytest-timeout", "hypothesis"]
 
 def main() -> None:
     """Silence means no."""
-    if sys.version_info < (3, 11):
-        return
     needed = [*tomllib.loads(PROJECT.read_text())["project"]["dependencies"], *TEST_PACKAGES]
     for requirement in needed:
         name, minimum = re.fullmatch(r"([\w-]+)(?:>=([\d.]+).*)?", requirement).groups()
