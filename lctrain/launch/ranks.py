@@ -13,6 +13,7 @@ import io
 import multiprocessing
 import os
 import pickle
+import shutil
 import sys
 import tempfile
 import time
@@ -37,8 +38,8 @@ class RankPool:
         self.world_size = world_size
         self.known_modules = frozenset(sys.modules)
         context = multiprocessing.get_context("fork")
-        self._folder = tempfile.TemporaryDirectory(prefix="lctrain-ranks-")
-        rendezvous = f"file://{self._folder.name}/store"
+        self._folder = tempfile.mkdtemp(prefix="lctrain-ranks-")
+        rendezvous = f"file://{self._folder}/store"
         self._pipes: list[Connection] = []
         self._processes = []
         for rank in range(world_size):
@@ -87,7 +88,7 @@ class RankPool:
         for process in self._processes:
             process.kill()
             process.join(5)
-        self._folder.cleanup()
+        shutil.rmtree(self._folder, ignore_errors=True)
         if _pools.get(self.world_size) is self:
             del _pools[self.world_size]
 

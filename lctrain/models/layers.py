@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 
 class Linear(nn.Module):
-    """y = x W^T + b, computed in x's dtype. `residual` marks a projection into the residual stream (smaller initial weights)."""
+    """y = x W^T + b in x's dtype. `residual` marks a projection into the residual stream, which starts smaller."""
 
     def __init__(self, d_in: int, d_out: int, bias: bool = False, residual: bool = False) -> None:
         super().__init__()

@@ -24,7 +24,7 @@ def linear_cross_entropy(
 
     Returns:
         The objective (sum over targets, with z-loss; differentiable), and without gradient the sum of the cross-entropies
-        alone and the loss of every token (fp32 [N], 0 where there is no target).
+        alone (fp64) and the loss of every token (fp32 [N], 0 where there is no target).
     """
     return _LinearCrossEntropy.apply(hidden, weight, labels, chunk, z_weight)
 
@@ -61,9 +61,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 _add_wide_product(dweight, dlogits.t(), x)
         ctx.save_for_backward(dhidden, dweight)
         ctx.weight_dtype = weight.dtype
-        cross_entropy = losses.sum()
+        cross_entropy = losses.sum(dtype=torch.float64)
         ctx.mark_non_differentiable(cross_entropy, losses)
-        return cross_entropy + z_weight * z_total, cross_entropy, losses
+        return cross_entropy.to(wide) + z_weight * z_total, cross_entropy, losses
 
     @staticmethod
     def backward(ctx, upstream: Tensor, _cross_entropy: Tensor, _losses: Tensor):

@@ -1,0 +1,71 @@
+"""The device a run computes on: choice, peak arithmetic rate, memory in use."""
+
+from __future__ import annotations
+
+import resource
+import time
+
+import torch
+
+from lctrain.errors import UserError
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+# Dense bf16 tensor-core TFLOP/s from NVIDIA's data sheets; SXM parts where there are several.
+_PUBLISHED_BF16 = {"H200": 989.5, "H100": 989.5, "A100": 312.0, "A10": 125.0, "L40S": 362.0, "B200": 2250.0}
+
+
+def choose_device(wanted: str, local_rank: int = 0) -> torch.device:
+    """The torch device for engine.device = auto | cpu | cuda."""
+    available = torch.cuda.is_available()
+    if wanted == "cuda" and not available:
+        raise UserError("engine.device=cuda, but torch sees no CUDA device here; use engine.device=cpu or auto")
+    if wanted == "cpu" or not available:
+        return torch.device("cpu")
+    if local_rank >= torch.cuda.device_count():
+        raise UserError(
+            f"launcher.processes asks for a device {local_rank}, but this machine has {torch.cuda.device_count()} CUDA devices;"
+            " use as many processes as devices, or engine.device=cpu"
+        )
+    return torch.device("cuda", local_rank)
+
+
+def peak_flops(device: torch.device, dtype: torch.dtype) -> tuple[float, str]:
+    """FLOP/s that count as 100 %, and where the figure comes from.
+
+    A GPU's published dense rate if it is known here (bf16), else the best of a few square matrix products, timed now; on CPU
+    with this process's threads while its neighbours do the same, so the figure is a share of the machine as it is used.
+    """
+    if device.type == "cuda" and dtype == torch.bfloat16:
+        name = torch.cuda.get_device_name(device)
+        for known, tera in sorted(_PUBLISHED_BF16.items(), key=lambda item: -len(item[0])):
+            if known in name:
+                return tera * 1e12, f"{name}, published"
+    return measured_gemm_flops(device, dtype), "measured matrix product"
+
+
+def measured_gemm_flops(device: torch.device, dtype: torch.dtype, size: int | None = None, tries: int = 5) -> float:
+    """Best FLOP/s over `tries` products of two size x size matrices (default 1024 on CPU, 8192 on CUDA)."""
+    size = size or (8192 if device.type == "cuda" else 1024)
+    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+    best = float("inf")
+    for _ in range(tries + 1):
+        synchronise(device)
+        start = time.perf_counter()
+        a @ b
+        synchronise(device)
+        best = min(best, time.perf_counter() - start)
+    return 2 * size**3 / best
+
+
+def synchronise(device: torch.device) -> None:
+    """Wait for all work queued on a CUDA device; nothing to do on CPU."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def peak_memory_mb(device: torch.device) -> float:
+    """Most memory held so far, in MiB (2^20 bytes): allocated on a CUDA device, resident in this process on CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024

@@ -1,0 +1,77 @@
+"""AdamW's parameter groups, the learning rate as a function of the step, and the one true gradient norm."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from lctrain.config.schema import OptimConfig
+
+
+def make_adamw(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
+    """AdamW over two groups: matrices decay, vectors (norms, biases) do not. The loop sets `lr` before every step."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": config.weight_decay},
+        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
+    ]
+    # A tensor step count and fused kernels: one pass over memory on CPU and CUDA alike.
+    return torch.optim.AdamW(groups, lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps, fused=True)
+
+
+def learning_rate(config: OptimConfig, step: int, steps: int) -> float:
+    """Learning rate of optimizer step `step` (from 0) in a run of `steps`; the last step gets lr * min_ratio."""
+    schedule = config.schedule
+    warmup = schedule.warmup_steps
+    if step < warmup:
+        return config.lr * (step + 1) / warmup
+    if schedule.kind == "constant":
+        return config.lr
+    begin = warmup
+    if schedule.kind == "wsd":
+        begin = max(warmup, steps - math.ceil(schedule.decay_fraction * steps))
+    done = min(1.0, max(0.0, (step - begin + 1) / max(1, steps - begin)))
+    if schedule.kind == "wsd" and step < begin:
+        done = 0.0
+    shape = 0.5 * (1 + math.cos(math.pi * done)) if schedule.kind == "cosine" else 1 - done
+    return config.lr * (schedule.min_ratio + (1 - schedule.min_ratio) * shape)
+
+
+@torch.no_grad()
+def global_grad_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
+    """L2 norm over all gradients, fp64 scalar, every parameter counted once, equal on all ranks.
+
+    Sharded gradients add up over their mesh; replicated ones (complete on every rank after reduction) are counted as they are.
+    """
+    whole, sharded = [], []
+    for parameter in parameters:
+        if parameter.grad is None:
+            continue
+        if isinstance(parameter.grad, DTensor):
+            sharded.append(parameter.grad.to_local())
+        else:
+            whole.append(parameter.grad)
+    total = _sum_of_squares(whole)
+    if sharded:
+        part = _sum_of_squares(sharded)
+        dist.all_reduce(part)
+        total = total.to(part.device) + part
+    return total.sqrt()
+
+
+def _sum_of_squares(tensors: list[Tensor]) -> Tensor:
+    if not tensors:
+        return torch.zeros((), dtype=torch.float64)
+    return torch.stack(torch._foreach_norm(tensors)).double().square().sum()
+
+
+@torch.no_grad()
+def scale_gradients(parameters: Iterable[nn.Parameter], factor: float) -> None:
+    """Multiply all gradients in place."""
+    grads = [p.grad.to_local() if isinstance(p.grad, DTensor) else p.grad for p in parameters if p.grad is not None]
+    torch._foreach_mul_(grads, factor)
