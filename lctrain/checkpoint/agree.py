@@ -39,8 +39,8 @@ def gather(value: Any) -> list[Any]:
 def agreed(action: Callable[[], T]) -> T:
     """The result of `action` on this rank, once it has succeeded on all of them.
 
-    If it fails anywhere, every rank raises: if some rank raised UserError, all raise that; otherwise the failing rank raises its
-    own exception and the others RuntimeError with its text. So no rank waits for one that has given up.
+    If it fails anywhere, every rank raises: a UserError of any rank on all of them; otherwise the failing rank its
+    own exception and the others a RuntimeError with its text. So no rank waits for one that has given up.
     """
     result: Any = None
     failure: Exception | None = None

@@ -22,14 +22,13 @@ def values_of(state: State) -> dict[str, Any]:
 
 
 def put_values(state: State, values: dict[str, Any]) -> None:
-    """Replace the non-tensors of a state in place, keeping its tuples tuples."""
+    """Replace the non-tensors of a state in place, with tuples where it had tuples."""
     for name in values_of(state):
         *path, last = name.split("/")
         folder = state
         for key in path:
             folder = folder[key]
-        value = values[name]
-        folder[last] = tuple(value) if isinstance(folder[last], tuple) else value
+        folder[last] = _like(folder[last], values[name])
 
 
 def global_bytes(tensors: dict[str, torch.Tensor]) -> dict[str, int]:
@@ -41,6 +40,15 @@ def shape_text(tensor: torch.Tensor) -> str:
     """`[512, 64] float32`, for messages; the global shape of a DTensor."""
     kind = str(tensor.dtype).removeprefix("torch.")
     return f"{list(tensor.shape)} {kind}" + (" (sharded)" if isinstance(tensor, DTensor) else "")
+
+
+def _like(old: Any, new: Any) -> Any:
+    """A value from JSON, which has only lists, with tuples where the old value had them."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        return {key: _like(old.get(key), value) for key, value in new.items()}
+    if isinstance(old, list | tuple) and isinstance(new, list):
+        return type(old)(_like(old[i] if i < len(old) else None, value) for i, value in enumerate(new))
+    return new
 
 
 def _leaves(state: State, prefix: str = "") -> Iterator[tuple[str, Any]]:

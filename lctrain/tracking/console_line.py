@@ -11,14 +11,16 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
+from lctrain.console import console
+
 
 class ConsoleLine:
     """Prints steps; plain lines when the output is not a terminal, and nothing any more once the output is gone."""
 
-    def __init__(self, total_steps: int, every: int, start_step: int) -> None:
+    def __init__(self, total_steps: int, every: int, start_step: int, console: Console = console) -> None:
         self._total, self._every = total_steps, every
         self._recent: deque[tuple[int, float]] = deque([(start_step, time.monotonic())], maxlen=50)
-        self._console = Console(soft_wrap=True, highlight=False)
+        self._console = console
         self._progress: Progress | None = None
         self._gone = False
         if self._console.is_terminal:

@@ -1,0 +1,95 @@
+"""A picture of a run: loss on top, learning rate and gradient norm below, restarts marked."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+from typing import Any
+
+from lctrain.errors import UserError
+from lctrain.run_dir import RunDir
+from lctrain.tracking.jsonl import read_events, read_metrics
+
+SMOOTHING = 0.05
+"""The smoothed curve averages over about this share of the run's steps."""
+BLUE, ORANGE, GREEN, GREY = "#2f6db5", "#d9662b", "#3a8f5c", "#777777"
+
+
+def plot_loss(run: RunDir) -> Path:
+    """Draw `<run_dir>/loss.png` from metrics.jsonl and events.jsonl and return its path; UserError if no step was recorded."""
+    from matplotlib.figure import Figure
+
+    records = [record for record in read_metrics(run.metrics) if "step" in record]
+    if not records:
+        raise UserError(f"{run.metrics} has no finished step to plot")
+    figure = Figure(figsize=(9, 6.5), dpi=110, layout="constrained")
+    grid = figure.add_gridspec(3, 1, height_ratios=(4, 1.3, 1.3))
+    top = figure.add_subplot(grid[0])
+    rate, norm = figure.add_subplot(grid[1], sharex=top), figure.add_subplot(grid[2], sharex=top)
+
+    steps, losses = _series(records, "loss")
+    marker = "o" if len(steps) == 1 else None
+    top.plot(steps, losses, color=BLUE, alpha=0.35, linewidth=0.9, marker=marker, label="train")
+    if len(losses) >= 10:
+        top.plot(
+            steps,
+            _smooth(losses, max(1, round(SMOOTHING * len(losses) / 2))),
+            color=BLUE,
+            linewidth=1.8,
+            label="train, smoothed",
+        )
+    top.plot(*_series(records, "eval_loss"), color=ORANGE, marker="o", markersize=4, linewidth=1.2, label="held-out")
+    skipped = [record["step"] for record in records if record.get("skipped")]
+    if skipped:
+        top.plot(
+            skipped, [1.0] * len(skipped), "x", color="red", transform=top.get_xaxis_transform(), clip_on=False, label="skipped"
+        )
+    rate.plot(*_series(records, "lr"), color=GREEN, linewidth=1.2)
+    norm.plot(*_series(records, "grad_norm"), color=GREY, linewidth=0.9)
+
+    for number, step in enumerate(_restarts(run, records)):
+        for axes in (top, rate, norm):
+            axes.axvline(
+                step, color="black", linestyle=":", linewidth=1, label="restart" if axes is top and not number else None
+            )
+    top.set_ylabel("loss (nats per token)")
+    top.set_title(run.path.resolve().name, loc="left", fontsize=11)
+    rate.set_ylabel("learning rate")
+    rate.ticklabel_format(axis="y", style="sci", scilimits=(-2, 3))
+    norm.set_ylabel("grad norm")
+    norm.set_xlabel("step")
+    for axes in (top, rate, norm):
+        axes.grid(color="#e4e4e4", linewidth=0.7)
+        axes.set_axisbelow(True)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.margins(x=0.01)
+    for axes in (top, rate):
+        axes.tick_params(labelbottom=False)
+    handles, labels = top.get_legend_handles_labels()
+    shown = [(handle, label) for handle, label in zip(handles, labels, strict=True) if len(handle.get_xdata())]
+    top.legend(*zip(*shown, strict=True), frameon=False, fontsize=9)
+    figure.align_ylabels([top, rate, norm])
+    figure.savefig(run.plot)
+    return run.plot
+
+
+def _series(records: list[dict[str, Any]], key: str) -> tuple[list[int], list[float]]:
+    """(steps, values) of the records that have a finite value."""
+    rows = [(record["step"], float(record[key])) for record in records if record.get(key) is not None]
+    return [step for step, _ in rows], [value for _, value in rows]
+
+
+def _smooth(values: list[float], half: int) -> list[float]:
+    """Mean of each value and up to `half` neighbours on either side, as many on both, so that the curve does not lag behind."""
+    sums = list(itertools.accumulate(values, initial=0.0))
+    smoothed = []
+    for i in range(len(values)):
+        reach = min(half, i, len(values) - 1 - i)
+        smoothed.append((sums[i + reach + 1] - sums[i - reach]) / (2 * reach + 1))
+    return smoothed
+
+
+def _restarts(run: RunDir, records: list[dict[str, Any]]) -> list[int]:
+    """Steps from which the run was resumed, as far as they lie inside the picture."""
+    steps = {event["step"] for event in read_events(run.events) if event.get("kind") == "resume" and "step" in event}
+    return sorted(step for step in steps if step <= records[-1]["step"])
