@@ -349,10 +349,6 @@ class TrainConfig(Strict):
             raise ValueError(
                 f"trainer.stages cover {staged} steps but trainer.steps={self.trainer.steps}: leave at least one step for seq_len"
             )
-        if self.optim.schedule.warmup_steps > self.trainer.steps:
-            raise ValueError(
-                f"optim.schedule.warmup_steps={self.optim.schedule.warmup_steps} exceeds trainer.steps={self.trainer.steps}"
-            )
         return self
 
     def check_layout(self, processes: int) -> int:

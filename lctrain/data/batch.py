@@ -60,10 +60,11 @@ class StepBatch:
     """All that one rank needs for one optimizer step.
 
     consumed: samples that the run has used before this step.
-    digest: hash of the sample indices and tokens of this data-parallel rank's rows, equal on all its context-parallel ranks.
+    digest: 62-bit sum of hashes of the numbers and tokens of this data-parallel rank's samples, equal on all its
+        context-parallel ranks; the sum over data-parallel ranks is the same for every layout.
     """
 
     step: int
     consumed: int
     micro_batches: tuple[MicroBatch, ...]
-    digest: str
+    digest: int

@@ -1,0 +1,92 @@
+"""Train a model; start the processes on this machine or join those of torchrun.
+
+usage: lctrain train [model=PRESET] [data=CHOICE] [recipe=CHOICE] [name=value ...] [--config-dir DIR]
+
+  lctrain train model=tiny
+  lctrain train model=tiny launcher.processes=4 parallel.cp=2 trainer.seq_len=8192
+  torchrun --nproc-per-node 4 -m lctrain train model=tiny parallel.cp=4
+
+Run the same command again to continue from the newest whole checkpoint of run_dir.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from contextlib import ExitStack
+from typing import TYPE_CHECKING
+
+from lctrain.config.load import load
+from lctrain.config.schema import TrainConfig
+from lctrain.errors import UserError
+
+if TYPE_CHECKING:
+    from lctrain.launch.process import Process
+    from lctrain.run_dir import RunDir
+
+
+def main(args: list[str]) -> int:
+    """Run the command."""
+    from lctrain.launch.process import Process
+
+    process = Process.from_env()
+    if process is None:
+        return _start_processes(load(TrainConfig, "train", args))
+    try:
+        return _join_processes(args, process)
+    except UserError:
+        if process.rank == 0:  # every rank raises it; one line is enough
+            raise
+        return 2
+
+
+def _start_processes(config: TrainConfig) -> int:
+    # Forked children can use CUDA only if this process never has; asking NVML instead of CUDA keeps it so.
+    os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
+    with _prepare(config):
+        from lctrain.launch.local import launch_local
+
+        return launch_local(_rank_main, config)
+
+
+def _rank_main(config: TrainConfig, process: Process, rendezvous: str | None) -> int:
+    import torch.distributed as dist
+
+    from lctrain.devices import choose_device
+    from lctrain.launch.process import init_process_group
+    from lctrain.train import train
+
+    device = choose_device(config.engine.device, process.local_rank)
+    init_process_group(process, rendezvous, device.type, config.launcher.timeout_s)
+    status = train(config, process)
+    dist.destroy_process_group()
+    return status
+
+
+def _join_processes(args: list[str], process: Process) -> int:
+    """One rank that torchrun, or anything that sets its variables, has started."""
+    import torch.distributed as dist
+
+    from lctrain.checkpoint.agree import from_rank_0
+    from lctrain.devices import choose_device
+    from lctrain.launch.process import init_process_group
+    from lctrain.train import train
+
+    config = load(TrainConfig, "train", [*args, f"launcher.processes={process.world_size}"])
+    device = choose_device(config.engine.device, process.local_rank)
+    init_process_group(process, None, device.type, config.launcher.timeout_s)
+    with ExitStack() as held:
+        from_rank_0(lambda: held.enter_context(_prepare(config)) and None)
+        status = train(config, process)
+        dist.destroy_process_group()
+    sys.stdout.flush()
+    return status
+
+
+def _prepare(config: TrainConfig) -> RunDir:
+    """What happens once per run, before any rank trains: the corpora exist and fit, the run directory is ours."""
+    from lctrain.data.prepare import ensure_corpora
+    from lctrain.run_dir import RunDir
+
+    ensure_corpora(config.data, config.model.vocab_size)
+    return RunDir(config.run_dir).prepare(config)

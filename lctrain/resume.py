@@ -1,0 +1,56 @@
+"""Where a run starts: at step 0, or where a checkpoint left off."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from lctrain.checkpoint.rng import rng_state, set_rng_state
+from lctrain.checkpoint.store import CheckpointStore
+from lctrain.config.schema import TrainConfig
+from lctrain.data.identity import data_identity
+from lctrain.engines.base import Engine
+from lctrain.errors import UserError
+
+
+def training_state(engine: Engine, rank: int) -> dict[str, Any]:
+    """All that a checkpoint holds: weights, optimizer, random generators."""
+    return {**engine.state(), "rng": rng_state(rank)}
+
+
+def checkpoint_meta(config: TrainConfig, step: int) -> dict[str, Any]:
+    """What a resume must know besides the state: finished steps, samples used, and what decides the order of samples."""
+    return {"step": step, "consumed": step * config.trainer.global_batch, "data": data_identity(config)}
+
+
+def resume(config: TrainConfig, store: CheckpointStore, engine: Engine, rank: int) -> tuple[int, Path | None]:
+    """Restore the run as config.resume asks; returns finished steps and the checkpoint used. Collective.
+
+    UserError if the checkpoint is damaged or made with another model, or if the config would continue with other samples than
+    the run would have used.
+    """
+    newest = store.newest_verified() if config.resume in ("auto", "never") else Path(config.resume)
+    if config.resume == "never" and newest is not None:
+        raise UserError(f"resume=never, but run_dir={config.run_dir} has checkpoint {newest.name}; choose another run_dir")
+    if newest is None:
+        return 0, None
+    state = training_state(engine, rank)
+    meta = store.load(newest, state)
+    _check_data(config, meta["data"], newest)
+    engine.load_state(state)
+    set_rng_state(state["rng"])
+    return int(meta["step"]), newest
+
+
+def _check_data(config: TrainConfig, stored: dict[str, Any], path: Path) -> None:
+    for key, now in data_identity(config).items():
+        if stored[key] != now:
+            raise UserError(
+                f"{key} is {_short(now)}, but checkpoint {path} was made with {_short(stored[key])}:"
+                " continuing would repeat or skip samples; restore the setting, or start a new run_dir"
+            )
+
+
+def _short(value: object) -> str:
+    text = str(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."

@@ -1,0 +1,202 @@
+"""The training loop: what one rank of a run does from its first collective to its last."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from lctrain.checkpoint.store import CheckpointStore
+from lctrain.config.schema import TrainConfig
+from lctrain.data.batch import StepBatch
+from lctrain.data.loader import Loader
+from lctrain.data.samples import SampleSource
+from lctrain.devices import DTYPES, choose_device, peak_flops, peak_memory_mb
+from lctrain.engines.base import Engine
+from lctrain.engines.torch_engine import TorchEngine
+from lctrain.errors import UserError
+from lctrain.launch.process import Process
+from lctrain.launch.signals import StopRequest
+from lctrain.optim import learning_rate
+from lctrain.parallel.mesh import ProcessMesh
+from lctrain.resume import checkpoint_meta, resume, training_state
+from lctrain.run_dir import RunDir
+from lctrain.tracking.tracker import Tracker, open_tracker
+
+DIGEST_BITS = 62
+
+
+def train(config: TrainConfig, process: Process) -> int:
+    """Train as `config` says, in an initialised default process group; returns 0 for a finished or gracefully stopped run.
+
+    Raises UserError, on every rank, for what the user can correct.
+    """
+    with StopRequest() as stop:
+        mesh = ProcessMesh(config.check_layout(process.world_size), config.parallel.cp, process.rank)
+        device = choose_device(config.engine.device, process.local_rank)
+        engine = TorchEngine(config, mesh, mesh.sequence_group(), device)
+        run, warnings = RunDir(config.run_dir), list[str]()
+        store = CheckpointStore(run.checkpoints, config.checkpoint.keep_last, config.checkpoint.keep_every, say=warnings.append)
+        start, checkpoint = resume(config, store, engine, mesh.rank)
+        tracker = open_tracker(config, mesh.rank, start)
+        store.say = tracker.message
+        for warning in warnings:
+            tracker.message(warning)
+        status = 1
+        try:
+            _announce(config, mesh, engine, start, checkpoint, tracker)
+            if start < config.trainer.steps:
+                _loop(config, mesh, engine, device, store, tracker, start, stop)
+            status = 0
+        finally:
+            tracker.close(status)
+        if mesh.rank == 0 and config.tracking.plot:
+            _plot(run)
+    return 0
+
+
+def _loop(
+    config: TrainConfig,
+    mesh: ProcessMesh,
+    engine: Engine,
+    device: torch.device,
+    store: CheckpointStore,
+    tracker: Tracker,
+    start: int,
+    stop: StopRequest,
+) -> None:
+    trainer, saved = config.trainer, start
+    peak, _ = peak_flops(device, DTYPES[config.engine.dtype])
+    skipped_in_a_row = 0
+
+    def save(step: int) -> None:
+        nonlocal saved
+        began = time.perf_counter()
+        path = store.save(step, training_state(engine, mesh.rank), checkpoint_meta(config, step))
+        tracker.event("checkpoint", step=step, checkpoint=str(path), seconds=round(time.perf_counter() - began, 3))
+        saved = step
+
+    source = SampleSource(config.data, trainer, config.model.vocab_size, "train")
+    evaluation = SampleSource(config.data, trainer, config.model.vocab_size, "valid") if trainer.eval_every else None
+    with _loader(config, mesh, device, source, start) as loader:
+        began = time.perf_counter()
+        for batch in loader:
+            sums = _agree(batch, mesh, engine, stop)
+            if sums["stop"]:
+                name = stop.requested or "a stop signal on another rank"
+                tracker.message(f"{name}: stopping after step {batch.step} of {trainer.steps}")
+                tracker.event("stop", step=batch.step, signal=name)
+                break
+            lr = learning_rate(config.optim, batch.step, trainer.steps)
+            result = engine.train_step(batch, sums["targets"], lr)
+            step = batch.step + 1
+            step_s = time.perf_counter() - began
+            began = time.perf_counter()
+            record: dict[str, Any] = {
+                "step": step,
+                "loss": result.loss,
+                "grad_norm": result.grad_norm,
+                "lr": lr,
+                "tokens_per_s": sums["tokens"] / step_s,
+                "mfu": 3 * sums["flops"] / (step_s * mesh.size * peak),
+                "step_s": step_s,
+                "data_wait_s": loader.wait_s,
+                "memory_mb": peak_memory_mb(device),
+                "tokens": sums["tokens"],
+                "targets": sums["targets"],
+                "consumed": batch.consumed + trainer.global_batch,
+                "digest": f"{sums['digest'] % 2**DIGEST_BITS:016x}",
+            }
+            if result.problem is None:
+                skipped_in_a_row = 0
+            else:
+                skipped_in_a_row += 1
+                record["skipped"] = True
+                _handle_problem(config, step, result.problem, skipped_in_a_row, record, tracker)
+            if evaluation is not None and (step % trainer.eval_every == 0 or step == trainer.steps):
+                record["eval_loss"] = _evaluate(config, mesh, engine, device, evaluation)
+            tracker.step(record)
+            if config.checkpoint.every and step % config.checkpoint.every == 0:
+                save(step)
+        done = batch.step if sums["stop"] else trainer.steps
+    if saved != done:
+        save(done)
+    if done == trainer.steps:
+        tracker.event("end", step=done)
+
+
+def _agree(batch: StepBatch, mesh: ProcessMesh, engine: Engine, stop: StopRequest) -> dict[str, int]:
+    """Sums over the whole global batch, and whether any rank was asked to stop: equal on all ranks, one small all-reduce."""
+    first = mesh.cp_rank == 0  # every context-parallel rank knows its whole rows: one of them counts
+    names = {
+        "targets": sum(micro.targets for micro in batch.micro_batches) * first,
+        "tokens": sum(borders[-1] for micro in batch.micro_batches for borders in micro.borders) * first,
+        "flops": sum(engine.model.flops(micro.borders) for micro in batch.micro_batches) * first,
+        "digest": batch.digest * first,
+        "stop": int(stop.requested is not None),
+    }
+    sums = torch.tensor(list(names.values()), dtype=torch.int64)
+    if mesh.size > 1:
+        dist.all_reduce(sums)
+    return dict(zip(names, sums.tolist(), strict=True))
+
+
+def _handle_problem(
+    config: TrainConfig, step: int, problem: str, in_a_row: int, record: dict[str, Any], tracker: Tracker
+) -> None:
+    """Apply trainer.non_finite: return to go on without this update, or raise."""
+    tracker.event("not_finite", step=step, problem=problem)
+    if config.trainer.non_finite == "skip" and in_a_row <= config.trainer.max_skips:
+        tracker.message(f"step {step}: {problem}; the update is skipped")
+        return
+    tracker.step(record)
+    after = f" after {in_a_row - 1} skipped steps in a row (trainer.max_skips)" if in_a_row > 1 else ""
+    raise UserError(f"step {step}: {problem}; stopped{after}, checkpoints stay as they were")
+
+
+def _evaluate(config: TrainConfig, mesh: ProcessMesh, engine: Engine, device: torch.device, source: SampleSource) -> float:
+    with _loader(config, mesh, device, source, 0, config.trainer.eval_batches) as batches:
+        return engine.evaluate(micro for batch in batches for micro in batch.micro_batches)
+
+
+def _loader(
+    config: TrainConfig, mesh: ProcessMesh, device: torch.device, source: SampleSource, start: int, end: int | None = None
+) -> Loader:
+    return Loader(
+        source,
+        config.parallel.layout,
+        mesh.cp_rank,
+        mesh.cp,
+        mesh.dp_rank,
+        mesh.dp,
+        config.trainer,
+        config.data,
+        start_step=start,
+        stop_step=end,
+        pin_memory=device.type == "cuda",
+    )
+
+
+def _announce(config: TrainConfig, mesh: ProcessMesh, engine: Engine, start: int, checkpoint: object, tracker: Tracker) -> None:
+    parameters = sum(parameter.numel() for parameter in engine.model.parameters())
+    tracker.message(
+        f"{config.model.name}: {parameters:,} parameters, pattern {config.model.pattern}, {config.engine.dtype};"
+        f" {mesh.size} process{'es' if mesh.size > 1 else ''} = dp {mesh.dp} x cp {mesh.cp}"
+        f" ({config.parallel.layout}, {config.parallel.attention}); {config.trainer.global_batch} x {config.trainer.seq_len:,}"
+        f" tokens a step; run directory {config.run_dir}"
+    )
+    if checkpoint is not None:
+        tracker.message(f"continuing after step {start} from {checkpoint}")
+        tracker.event("resume", step=start, checkpoint=str(checkpoint), world_size=mesh.size)
+    else:
+        tracker.event("start", world_size=mesh.size)
+    if start >= config.trainer.steps:
+        tracker.message(f"the run already has its trainer.steps={config.trainer.steps} steps; raise it to train on")
+
+
+def _plot(run: RunDir) -> None:
+    from lctrain.tracking.plot import plot_loss
+
+    print(f"loss curve: {plot_loss(run)}", flush=True)
