@@ -18,7 +18,7 @@ def subcommands(command: str, table: Mapping[str, Subcommand], args: list[str]) 
         width = max(map(len, table))
         print(f"usage: lctrain {command} {{{','.join(table)}}} [name=value ...]\n")
         for name, function in table.items():
-            print(f"  {name:<{width}}  {inspect.getdoc(function).partition(chr(10))[0]}")
+            print(f"  {name:<{width}}  {_doc(function).partition(chr(10))[0]}")
         print(f"\nlctrain {command} NAME --help shows its usage and settings.")
         return 0
     name, *rest = args
@@ -29,5 +29,9 @@ def subcommands(command: str, table: Mapping[str, Subcommand], args: list[str]) 
     try:
         return table[name](rest)
     except HelpRequested as request:
-        request.usage = request.usage or inspect.getdoc(table[name])
+        request.usage = request.usage or _doc(table[name])
         raise
+
+
+def _doc(function: Subcommand) -> str:
+    return inspect.getdoc(function) or ""

@@ -30,6 +30,8 @@ dist.init_process_group("gloo", init_method=f"file://{where}", rank=rank, world_
 x = torch.ones(4) * (rank + 1)
 dist.all_reduce(x)
 assert x.tolist() == [3.0] * 4, x
+dist.barrier()
+dist.destroy_process_group()
 """
 
 

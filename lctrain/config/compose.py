@@ -9,14 +9,18 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
+from hydra._internal.config_repository import CachingConfigRepository
 from hydra._internal.config_search_path_impl import ConfigSearchPathImpl
+from hydra._internal.defaults_list import DefaultsList, create_defaults_list
 from hydra.core.default_element import ResultDefault
+from hydra.core.object_type import ObjectType
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.plugins import Plugins
 from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError
+from yaml import MarkedYAMLError, YAMLError
 
 from lctrain.errors import UserError
 
@@ -49,32 +53,31 @@ class Library:
 
     def roots(self) -> list[str]:
         """Configs that a command composes."""
-        return sorted(name for name in self._loader.get_group_options("") if name != "hydra")
+        return sorted(self._list("", ObjectType.CONFIG))
 
     def groups(self) -> list[str]:
         """Names of the groups, nested ones with a slash."""
         found: list[str] = []
-        todo = [name for name in self._loader.list_groups("") if name != "hydra" and not name.startswith("_")]
+        todo = [name for name in self._list("", ObjectType.GROUP) if name != "hydra"]
         while todo:
             group = todo.pop(0)
             if self.choices(group):
                 found.append(group)
-            todo += [f"{group}/{name}" for name in self._loader.list_groups(group) if not name.startswith("_")]
+            todo += [f"{group}/{name}" for name in self._list(group, ObjectType.GROUP)]
         return sorted(found)
 
     def choices(self, group: str) -> list[str]:
         """Names of the configs in a group."""
-        return sorted(self._loader.get_group_options(group))
+        return sorted(self._list(group, ObjectType.CONFIG))
 
     def defaults(self, root: str) -> dict[str, str | None]:
         """The groups that `root` names in its defaults list, with the choice made there."""
         if root not in self.roots():
             return {}
-        known = self._readable(lambda: self._loader.compute_defaults_list(root, [], RunMode.RUN)).overrides.known_choices
-        return {group: choice for group, choice in reversed(known.items()) if not group.startswith("hydra/")}
+        return dict(reversed(self._defaults_list(root, []).overrides.known_choices.items()))
 
-    def compose(self, root: str, choices: list[str]) -> tuple[DictConfig, list[ConfigFile]]:
-        """The merged tree of `root` under Hydra group overrides, and its files in the order in which they were merged.
+    def compose(self, root: str, choices: list[str]) -> DictConfig:
+        """The merged tree of `root` under Hydra group overrides.
 
         A root without a YAML file starts from an empty tree: the schema's defaults then say everything.
         """
@@ -82,8 +85,22 @@ class Library:
         tree = self._readable(lambda: self._loader.load_configuration(name, choices, RunMode.RUN, from_shell=False))
         OmegaConf.set_struct(tree, False)
         tree.pop("hydra")
-        merged = self._loader.compute_defaults_list(name, choices, RunMode.RUN).defaults
-        return tree, [self._file(entry) for entry in merged if not str(entry.config_path).startswith("hydra/")]
+        return tree
+
+    def files(self, root: str, choices: list[str]) -> list[ConfigFile]:
+        """The files of a composition, in the order in which they are merged."""
+        return [self._file(entry) for entry in self._defaults_list(root, choices).defaults]
+
+    def _list(self, group: str, kind: ObjectType) -> list[str]:
+        return [name for name in self._loader.repository.get_group_options(group, kind) if not name.startswith("_")]
+
+    def _defaults_list(self, root: str, choices: list[str]) -> DefaultsList:
+        overrides = OverridesParser.create().parse_overrides(choices)
+        repository = CachingConfigRepository(self._loader.repository)
+        name = root if root in self.roots() else None
+        return self._readable(
+            lambda: create_defaults_list(repository, name, overrides, prepend_hydra=False, skip_missing=False)
+        )
 
     def _file(self, entry: ResultDefault) -> ConfigFile:
         assert entry.config_path is not None
@@ -104,7 +121,7 @@ class Library:
 
 def one_line(error: BaseException) -> str:
     """The telling part of a library's multi-line message."""
-    if isinstance(error, YAMLError) and getattr(error, "problem_mark", None) is not None:
+    if isinstance(error, MarkedYAMLError) and error.problem_mark is not None:
         mark = error.problem_mark
         return f"{mark.name}, line {mark.line + 1}, column {mark.column + 1}: {error.problem}"
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]

@@ -48,8 +48,7 @@ def load(schema: type[T], root: str, overrides: list[str], config_dir: str | Non
             _check_known(argument, schema, groups, defaults)
             assignments.append(assignment(argument, schema))
 
-    chosen, files = library.compose(root, choices)
-    tree = OmegaConf.merge(default_tree(schema), chosen)
+    tree = OmegaConf.merge(default_tree(schema), library.compose(root, choices))
     assert isinstance(tree, DictConfig)
     for item in assignments:
         _apply(tree, item)
@@ -60,7 +59,7 @@ def load(schema: type[T], root: str, overrides: list[str], config_dir: str | Non
     for path in _unset(plain):
         if annotation_at(schema, path) is not None:
             raise UserError(missing(schema, path))
-    return decode(schema, plain, lambda path: source_of(path, assignments, files))
+    return decode(schema, plain, lambda path: source_of(path, assignments, library.files(root, choices)))
 
 
 def _is_group(argument: Argument, schema: type[BaseModel], groups: list[str]) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import textwrap
 from typing import Annotated, Any, TypeVar
@@ -31,6 +30,11 @@ class _Loader(yaml.SafeLoader):
 
 for _side in (_Dumper, _Loader):
     _side.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+"), list("-+0123456789"))
+
+# Line breaks and control characters survive only in YAML's double quotes, and then on one line.
+_Dumper.add_representer(
+    str, lambda dumper, text: dumper.represent_scalar("tag:yaml.org,2002:str", text, None if text.isprintable() else '"')
+)
 
 
 def to_yaml(config: BaseModel) -> str:
@@ -111,9 +115,7 @@ def _plain(value: Any) -> Any:
 
 
 def _scalar(value: Any) -> str:
-    """A value on one line; text that YAML would break over lines is written as JSON, which YAML reads too."""
-    if isinstance(value, str) and ("\n" in value or not value.isprintable()):
-        return json.dumps(value)
+    """A value on one line."""
     return _dump(value, flow=True).removesuffix("\n...\n").removesuffix("\n").removesuffix("\n...")
 
 
