@@ -80,13 +80,10 @@ def _series(records: list[dict[str, Any]], key: str) -> tuple[list[int], list[fl
 
 
 def _smooth(values: list[float], half: int) -> list[float]:
-    """Mean of each value and up to `half` neighbours on either side, as many on both, so that the curve does not lag behind."""
+    """Mean of each value and up to `half` neighbours on either side; centred, so that the curve does not lag behind."""
     sums = list(itertools.accumulate(values, initial=0.0))
-    smoothed = []
-    for i in range(len(values)):
-        reach = min(half, i, len(values) - 1 - i)
-        smoothed.append((sums[i + reach + 1] - sums[i - reach]) / (2 * reach + 1))
-    return smoothed
+    windows = ((max(0, i - half), min(len(values), i + half + 1)) for i in range(len(values)))
+    return [(sums[end] - sums[start]) / (end - start) for start, end in windows]
 
 
 def _restarts(run: RunDir, records: list[dict[str, Any]]) -> list[int]:
