@@ -86,7 +86,7 @@ class TestAccepted:
     @pytest.mark.parametrize(
         "text",
         ["def main(", "a, b: [c", "it's", 'say "hi"', "é 漢字", "C:\\tmp\\", "12", "true", "null", "a=b", "${oops", "x ${a} (",
-         "[1,2]", "{a: 1}", " padded ", "# no comment", "~", "two\nlines"],
+         r"back\\${slash} (", "[1,2]", "{a: 1}", " padded ", "# no comment", "~", "two\nlines"],
     )  # fmt: skip
     def test_text_is_taken_as_typed(self, text):
         assert probe(f"prompt={text}").prompt == text
