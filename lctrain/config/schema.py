@@ -15,6 +15,8 @@ NonNegative = Annotated[int, Field(ge=0)]
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
+LayoutKind = Literal["contiguous", "zigzag", "striped"]
+Strategy = Literal["ring", "all_gather"]
 
 
 class Strict(BaseModel):
@@ -171,9 +173,9 @@ class ParallelConfig(Strict):
     """Context-parallel size: processes that share one sequence."""
     dp: Positive | None = None
     """Data-parallel size; null means processes / cp."""
-    layout: Literal["contiguous", "zigzag", "striped"] = "zigzag"
+    layout: LayoutKind = "zigzag"
     """Which tokens each context-parallel rank owns; zigzag and striped balance causal attention."""
-    attention: Literal["ring", "all_gather"] = "ring"
+    attention: Strategy = "ring"
     """How keys and values reach the queries: passed round a ring, or gathered at once."""
 
 
