@@ -15,6 +15,7 @@ import hashlib
 import os
 import struct
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 
@@ -188,6 +189,6 @@ class IndexedWriter:
             _sync(file)
 
 
-def _sync(file) -> None:
+def _sync(file: BinaryIO) -> None:
     file.flush()
     os.fsync(file.fileno())

@@ -8,12 +8,14 @@ ids at a cut, once per megabyte, which is the price of bounded memory. The cuts 
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import re
 import zlib
 from collections.abc import Iterator
+from io import BufferedIOBase
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import NamedTuple
 
 from lctrain.errors import UserError
 
@@ -42,9 +44,9 @@ def read_parts(path: Path) -> Iterator[Part]:
     kind = path.with_suffix("").suffix if packed else path.suffix
     read = {".jsonl": _json_lines, ".ndjson": _json_lines, ".fa": _fasta, ".fna": _fasta, ".fasta": _fasta}.get(kind, _text)
     try:
-        with path.open("rb") as raw:
+        with path.open("rb") as raw, gzip.open(raw) if packed else contextlib.nullcontext(raw) as file:
             before = 0
-            for part in read(path, gzip.GzipFile(fileobj=raw) if packed else raw):
+            for part in read(path, file):
                 yield part._replace(read=raw.tell() - before)
                 before = raw.tell()
     except (OSError, EOFError, zlib.error) as error:
@@ -66,7 +68,7 @@ def cut_text(data: bytes) -> tuple[bytes, bytes]:
     return data[:end], data[end:]
 
 
-def _text(path: Path, file: BinaryIO) -> Iterator[Part]:
+def _text(path: Path, file: BufferedIOBase) -> Iterator[Part]:
     kept = b""
     while block := file.read(PART):
         kept += block
@@ -76,7 +78,7 @@ def _text(path: Path, file: BinaryIO) -> Iterator[Part]:
     yield Part(path, kept, True)
 
 
-def _json_lines(path: Path, file: BinaryIO) -> Iterator[Part]:
+def _json_lines(path: Path, file: BufferedIOBase) -> Iterator[Part]:
     kept, line = [], 1
     while block := file.read(PART):
         end = block.rfind(b"\n") + 1
@@ -91,7 +93,7 @@ def _json_lines(path: Path, file: BinaryIO) -> Iterator[Part]:
         yield Part(path, data, True, line)
 
 
-def _fasta(path: Path, file: BinaryIO) -> Iterator[Part]:
+def _fasta(path: Path, file: BufferedIOBase) -> Iterator[Part]:
     """Records without their header lines and line breaks; the order of a record's bytes is all that is kept."""
     started = in_header = False
     while block := file.read(PART):

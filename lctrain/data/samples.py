@@ -107,15 +107,15 @@ class SampleSource:
         previous = self._part(slot, stage - 1) if stage else None
         if self._data.split_documents:
             start = previous.end() if isinstance(previous, StreamCutter) else 0
-            return StreamCutter(documents, seq_len, window, key, start, self._samples_in(slot, stage))
+            samples = self._samples_in(slot, stage) if stage + 1 < len(self._firsts) else None
+            return StreamCutter(documents, seq_len, window, key, start, samples)
         if isinstance(previous, Packer):
-            return Packer(previous.windows, seq_len, key, *previous.rest(self._samples_in(slot, stage - 1)))
+            visit, carried = previous.rest(self._samples_in(slot, stage - 1))
+            return Packer(previous.windows, seq_len, key, visit, carried)
         order_key = make_key(self._key, number, _WINDOWS)
         return Packer(Windows(documents, max(self._seq_lens), window, order_key), seq_len, key, 0, None)
 
-    def _samples_in(self, slot: int, stage: int) -> int | None:
-        if stage + 1 == len(self._firsts):
-            return None
+    def _samples_in(self, slot: int, stage: int) -> int:
         return self._blend.counts(self._firsts[stage + 1])[slot] - self._blend.counts(self._firsts[stage])[slot]
 
     def _read(self, index: int, number: int, pieces: Pieces, seq_len: int) -> PackedSample:

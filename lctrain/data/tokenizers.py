@@ -53,8 +53,7 @@ class ByteTokenizer:
         return np.frombuffer(data, np.uint8).astype(token_dtype(self.vocab_size))
 
     def decode(self, ids: np.ndarray | list[int]) -> str:
-        ids = np.asarray(ids, np.int64)
-        return ids[(ids >= 0) & (ids < 256)].astype(np.uint8).tobytes().decode("utf-8", errors="replace")
+        return bytes(i for i in map(int, ids) if 0 <= i < 256).decode("utf-8", errors="replace")
 
 
 class DnaTokenizer:
@@ -88,8 +87,7 @@ class DnaTokenizer:
         return ids[ids != self._drop]
 
     def decode(self, ids: np.ndarray | list[int]) -> str:
-        ids = np.asarray(ids, np.int64)
-        return "".join(self.letters[i] for i in ids[(ids >= 0) & (ids < 5)].tolist())
+        return "".join(self.letters[i] for i in ids if 0 <= i < len(self.letters))
 
 
 class HuggingFaceTokenizer:
@@ -121,9 +119,8 @@ class HuggingFaceTokenizer:
         return np.array(self._backend.encode(text, add_special_tokens=False).ids, token_dtype(self.vocab_size))
 
     def decode(self, ids: np.ndarray | list[int]) -> str:
-        ids = np.asarray(ids, np.int64)
-        ids = ids[(ids >= 0) & (ids < self.vocab_size) & (ids != self.eod)]
-        return self._backend.decode(ids.tolist(), skip_special_tokens=False)
+        known = [int(i) for i in ids if 0 <= i < self.vocab_size and i != self.eod]
+        return self._backend.decode(known, skip_special_tokens=False)
 
 
 def load_tokenizer(spec: str) -> Tokenizer:
