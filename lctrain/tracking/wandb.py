@@ -75,6 +75,7 @@ class WandbLog:
             while (record := self._records.get()) is not None:
                 run.log(record)
             run.finish(exit_code=self._status)
+            self._end_service()
         except BaseException as error:  # SystemExit included: whatever wandb does, the training goes on
             self._say(f"wandb is off for the rest of the run: {_first_line(error)}")
 
@@ -110,6 +111,12 @@ class WandbLog:
         run.define_metric("step")
         run.define_metric("*", step_metric="step")
         return run
+
+    def _end_service(self) -> None:
+        import wandb
+
+        # finish() returns before wandb's own process has written everything, and a rank leaves without exit handlers.
+        wandb.teardown()
 
     def _run_id(self) -> str:
         path = self._folder.wandb_id
