@@ -18,10 +18,10 @@ def rng_state(rank: int) -> dict[str, dict[str, torch.Tensor]]:
     uint8 tensors; "cuda" (the current device's) only where CUDA is in use.
     """
     _, python_words, python_gauss = random.getstate()
-    _, numpy_words, numpy_position, numpy_has_gauss, numpy_gauss = np.random.get_state(legacy=True)  # noqa: NPY002
+    numpy: Any = np.random.get_state(legacy=False)  # noqa: NPY002
     generators = {
         "torch": torch.get_rng_state(),
-        "numpy": _pack([*numpy_words, numpy_position], numpy_gauss if numpy_has_gauss else None),
+        "numpy": _pack([*numpy["state"]["key"], numpy["state"]["pos"]], numpy["gauss"] if numpy["has_gauss"] else None),
         "python": _pack(python_words, python_gauss),
     }
     if torch.cuda.is_available() and torch.cuda.is_initialized():
@@ -34,7 +34,9 @@ def set_rng_state(state: dict[str, dict[str, torch.Tensor]]) -> None:
     (generators,) = state.values()
     torch.set_rng_state(generators["torch"])
     words, gauss = _unpack(generators["numpy"])
-    np.random.set_state(("MT19937", words[:-1], words[-1], int(gauss is not None), gauss or 0.0))  # noqa: NPY002
+    twister = {"key": np.array(words[:-1], np.uint32), "pos": words[-1]}
+    waiting = {"has_gauss": int(gauss is not None), "gauss": gauss or 0.0}
+    np.random.set_state({"bit_generator": "MT19937", "state": twister, **waiting})  # noqa: NPY002
     words, gauss = _unpack(generators["python"])
     random.setstate((3, tuple(words), gauss))
     if "cuda" in generators:

@@ -6,6 +6,8 @@ import itertools
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from lctrain.errors import UserError
 from lctrain.run_dir import RunDir
 from lctrain.tracking.jsonl import read_events, read_metrics
@@ -65,9 +67,8 @@ def plot_loss(run: RunDir) -> Path:
         axes.margins(x=0.01)
     for axes in (top, rate):
         axes.tick_params(labelbottom=False)
-    handles, labels = top.get_legend_handles_labels()
-    shown = [(handle, label) for handle, label in zip(handles, labels, strict=True) if len(handle.get_xdata())]
-    top.legend(*zip(*shown, strict=True), frameon=False, fontsize=9)
+    named = [line for line in top.get_lines() if not str(line.get_label()).startswith("_")]
+    top.legend(handles=[line for line in named if np.size(line.get_xdata())], frameon=False, fontsize=9)
     figure.align_ylabels([top, rate, norm])
     figure.savefig(run.plot)
     return run.plot

@@ -7,7 +7,7 @@ import queue
 import secrets
 import threading
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 from lctrain.config.schema import TrainConfig
 from lctrain.errors import UserError
@@ -91,7 +91,7 @@ class WandbLog:
                 )
         return self._init("offline")
 
-    def _init(self, mode: str) -> Any:
+    def _init(self, mode: Literal["online", "offline"]) -> Any:
         import wandb
 
         settings = self._config.tracking.wandb

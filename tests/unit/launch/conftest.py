@@ -47,7 +47,10 @@ class Pids:
 
 @pytest.fixture
 def pids(tmp_path):
-    return Pids(tmp_path / "pids")
+    signed_in = Pids(tmp_path / "pids")
+    yield signed_in
+    for pid in signed_in.alive():  # only after a failed test
+        os.kill(pid, 9)
 
 
 def is_alive(pid: int) -> bool:
