@@ -6,6 +6,7 @@ import resource
 import time
 
 import torch
+import torch.distributed as dist
 
 from lctrain.errors import UserError
 
@@ -31,31 +32,38 @@ def choose_device(wanted: str, local_rank: int = 0) -> torch.device:
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> tuple[float, str]:
-    """FLOP/s that count as 100 %, and where the figure comes from.
+    """FLOP/s of one process that count as 100 %, and where the figure comes from. Collective, equal on all ranks.
 
-    A GPU's published dense rate if it is known here (bf16), else the best of a few square matrix products, timed now; on CPU
-    with this process's threads while its neighbours do the same, so the figure is a share of the machine as it is used.
+    A GPU's published dense rate if it is known here (bf16). Otherwise the mean rate of matrix products that all ranks run at
+    the same time, so that processes which share a machine's cores share its peak.
     """
     if device.type == "cuda" and dtype == torch.bfloat16:
         name = torch.cuda.get_device_name(device)
         for known, tera in sorted(_PUBLISHED_BF16.items(), key=lambda item: -len(item[0])):
             if known in name:
                 return tera * 1e12, f"{name}, published"
-    return measured_gemm_flops(device, dtype), "measured matrix product"
+    together = dist.is_initialized() and dist.get_world_size() > 1
+    if together:
+        dist.barrier()
+    rate = torch.tensor(gemm_flops(device, dtype), dtype=torch.float64)
+    if together:
+        dist.all_reduce(rate)
+        rate /= dist.get_world_size()
+    return float(rate), "measured matrix product"
 
 
-def measured_gemm_flops(device: torch.device, dtype: torch.dtype, size: int | None = None, tries: int = 5) -> float:
-    """Best FLOP/s over `tries` products of two size x size matrices (default 1024 on CPU, 8192 on CUDA)."""
+def gemm_flops(device: torch.device, dtype: torch.dtype, size: int | None = None, seconds: float = 0.3) -> float:
+    """Mean FLOP/s of square matrix products over about `seconds` (size: 1024 on CPU, 8192 on CUDA), after one to warm up."""
     size = size or (8192 if device.type == "cuda" else 1024)
     a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
-    best = float("inf")
-    for _ in range(tries + 1):
-        synchronise(device)
-        start = time.perf_counter()
+    a @ b
+    synchronise(device)
+    products, start = 0, time.perf_counter()
+    while (elapsed := time.perf_counter() - start) < seconds or not products:
         a @ b
         synchronise(device)
-        best = min(best, time.perf_counter() - start)
-    return 2 * size**3 / best
+        products += 1
+    return 2 * size**3 * products / elapsed
 
 
 def synchronise(device: torch.device) -> None:

@@ -68,7 +68,8 @@ def _loop(
     stop: StopRequest,
 ) -> None:
     trainer, saved = config.trainer, start
-    peak, _ = peak_flops(device, DTYPES[config.engine.dtype])
+    peak, peak_source = peak_flops(device, DTYPES[config.engine.dtype])
+    tracker.message(f"mfu 100% = {peak / 1e9:,.0f} GFLOP/s per process ({peak_source})")
     skipped_in_a_row = 0
 
     def save(step: int) -> None:

@@ -20,6 +20,7 @@ from lctrain.models.init import initialise
 from lctrain.models.model import LanguageModel, LossSums
 from lctrain.optim import global_grad_norm, make_adamw, scale_gradients
 from lctrain.parallel.group import SequenceGroup
+from lctrain.parallel.layout import SequenceLayout
 from lctrain.parallel.mesh import ProcessMesh
 from lctrain.parallel.sequence import SequenceMeta
 
@@ -37,6 +38,8 @@ class TorchEngine:
         self.model = build_model(config, device)
         self.parallel_model = parallelize(self.model, config, mesh, device)
         self.optimizer = make_adamw(self.model, config.optim)
+        if isinstance(self.parallel_model, nn.parallel.DistributedDataParallel):
+            self._settle_buckets()
 
     def train_step(self, batch: StepBatch, targets: int, lr: float) -> StepResult:
         """See Engine."""
@@ -83,9 +86,23 @@ class TorchEngine:
 
     def _forward(self, micro: MicroBatch) -> LossSums:
         trainer = self.config.trainer
-        tokens, labels, positions = (x.to(self.device, non_blocking=True) for x in (micro.tokens, micro.labels, micro.positions))
+        tokens, labels, positions = (
+            x.to(self.device, non_blocking=True) for x in (micro.tokens, micro.labels, micro.positions)
+        )
         seq = SequenceMeta(micro.layout, self.group, positions, micro.borders, self.config.parallel.attention)
         return self.parallel_model(tokens, labels, seq, trainer.loss_chunk, trainer.z_loss)
+
+    def _settle_buckets(self) -> None:
+        """Run one throw-away pass, so that every real step reduces gradients in the same buckets.
+
+        DDP deals gradients to buckets anew after its first backward, and sums depend on a gradient's place in its bucket:
+        without this, the first step after a resume would differ in the last bits from the same step of an undisturbed run.
+        """
+        layout = SequenceLayout(self.config.parallel.layout, self.mesh.cp, 2 * self.mesh.cp)
+        nothing = torch.zeros(1, layout.local_length, dtype=torch.int64)
+        micro = MicroBatch(nothing, nothing, nothing, ((0, layout.length),), layout, layout.length, (0,), ((),))
+        self._forward(micro).objective.backward()
+        self.optimizer.zero_grad(set_to_none=True)
 
     def _gradient_sync(self, last: bool) -> contextlib.AbstractContextManager[None]:
         """DDP reduces once, with the last micro-batch; FSDP after each, which keeps its gradients sharded."""

@@ -1,0 +1,39 @@
+"""Generate text from a trained model.
+
+usage: lctrain sample run=DIR [prompt=TEXT] [name=value ...]
+
+  lctrain sample run=runs/demo prompt="def main("
+  lctrain sample run=runs/demo tokens=500 temperature=0.6 samples=3
+"""
+
+from __future__ import annotations
+
+from lctrain.config.load import load
+from lctrain.config.sample import SampleConfig
+
+
+def main(args: list[str]) -> int:
+    """Run the command."""
+    config = load(SampleConfig, "sample", args)
+
+    import numpy as np
+    import torch
+
+    from lctrain.data.tokenizers import load_tokenizer
+    from lctrain.devices import choose_device
+    from lctrain.sample import TextStream, generate, load_run
+
+    device = choose_device(config.device)
+    run, model, step = load_run(config.run, config.checkpoint, device)
+    tokenizer = load_tokenizer(run.data.tokenizer)
+    ids = tokenizer.encode(config.prompt).astype(np.int64).tolist()
+    prompt = torch.tensor(ids or [tokenizer.eod], device=device)  # after a document's end comes a new document
+    print(f"--- {run.model.name} after {step} steps", flush=True)
+    for number in range(config.samples):
+        stream = TextStream(tokenizer)
+        print(config.prompt, end="", flush=True)
+        settings = (config.temperature, config.top_k, config.top_p, config.seed + number)
+        for token in generate(model, prompt, config.tokens, tokenizer.eod, *settings):
+            print(stream.push(token), end="", flush=True)
+        print(stream.finish(), "\n---", sep="", flush=True)
+    return 0
