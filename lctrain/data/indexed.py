@@ -11,6 +11,7 @@ a 32-bit length can say is written as several.
 from __future__ import annotations
 
 import array
+import contextlib
 import hashlib
 import os
 import struct
@@ -167,7 +168,8 @@ class IndexedWriter:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._bin.close()
+        with contextlib.suppress(OSError):  # on a full disk, closing tries once more to write what did not fit
+            self._bin.close()
         for ending in ("bin", "json", "idx"):
             Path(self._partial(ending)).unlink(missing_ok=True)
 

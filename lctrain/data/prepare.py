@@ -116,8 +116,10 @@ def _prepare(inputs: Sequence[str], output: str, tokenizer: Tokenizer, workers: 
             )
             writer.finish(sidecar.to_json())
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise UserError(f"the disk of output={output} is full: free some space and prepare the corpus again") from None
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise UserError(
+                f"output={output} could not be written to its end ({error.strerror}): free some space or choose another disk"
+            ) from None
         raise
     return sidecar
 

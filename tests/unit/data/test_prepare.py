@@ -15,7 +15,7 @@ import pytest
 
 from lctrain.data import encode, readers
 from lctrain.data import prepare as prepare_module
-from lctrain.data.indexed import IndexedDataset, IndexedWriter
+from lctrain.data.indexed import IndexedDataset
 from lctrain.data.prepare import ensure_corpora, prepare
 from lctrain.data.tokenizers import load_tokenizer
 from lctrain.errors import UserError
@@ -210,10 +210,20 @@ def test_places_that_cannot_be_written_or_are_too_small(tmp_path, out, monkeypat
     monkeypatch.setattr(prepare_module.shutil, "disk_usage", lambda _: free)
     with pytest.raises(UserError, match="free some space"):
         prepare([folder], out)
-    monkeypatch.undo()
-    monkeypatch.setattr(IndexedWriter, "end_document", lambda _: os.write(os.open("/dev/full", os.O_WRONLY), b"x"))
-    with pytest.raises(UserError, match="is full"):
-        prepare([folder], out)
+    assert list(Path(out).parent.iterdir()) == []
+
+
+def test_a_disk_that_fills_up_on_the_way(tmp_path, out, capfd):
+    folder = tree(tmp_path / "in", {f"{n}.txt": "text" * 1000 for n in range(20)})
+    code = (
+        "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000));"
+        "from lctrain.cli import main;"
+        "sys.exit(main(['data', 'prepare', f'input={sys.argv[1]}', f'output={sys.argv[2]}', 'workers=2']))"
+    )
+    assert subprocess.run([sys.executable, "-c", code, folder, out], timeout=60).returncode == 2
+    said = capfd.readouterr().err
+    assert "could not be written to its end (File too large)" in said
+    assert len(said.splitlines()) == 1
     assert list(Path(out).parent.iterdir()) == []
 
 
