@@ -7,8 +7,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lctrain.config.schema import ModelConfig
+from lctrain.kernels.rotary.fused import rotate
 from lctrain.models.layers import Linear, RMSNorm
-from lctrain.models.rope import rotate, rotation
+from lctrain.models.rope import rotation
 from lctrain.parallel.mask import AttentionMask, Borders
 from lctrain.parallel.sequence import SequenceMeta
 

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lctrain.config.schema import ModelConfig
+from lctrain.kernels.swiglu.fused import swiglu_linear
 from lctrain.models.layers import Linear
 from lctrain.parallel.mask import Borders
 from lctrain.parallel.sequence import SequenceMeta
@@ -40,6 +41,7 @@ class Mlp(nn.Module):
 
     def _compute(self, x: Tensor) -> Tensor:
         if self.gate is not None:
-            return self.down(F.silu(self.gate(x)) * self.up(x))
+            y = swiglu_linear(self.gate(x), self.up(x), self.down.weight)
+            return y if self.down.bias is None else y + self.down.bias.to(y.dtype)
         hidden = self.up(x)
         return self.down(F.gelu(hidden, approximate="tanh") if self.activation == "gelu" else F.relu(hidden).square())

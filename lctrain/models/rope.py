@@ -50,10 +50,3 @@ def rotation(config: RopeConfig, head_dim: int, positions: Tensor) -> tuple[Tens
     inverse, temperature = inverse_frequencies(config, head_dim)
     angles = positions.double().unsqueeze(-1) * inverse.to(positions.device)
     return (angles.cos() * temperature).float().unsqueeze(2), (angles.sin() * temperature).float().unsqueeze(2)
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate x [B, T, H, D]; computed in fp32 (or wider), returned in x's dtype."""
-    wide = torch.promote_types(x.dtype, torch.float32)
-    left, right = x.to(wide).chunk(2, dim=-1)
-    return torch.cat([left * cos - right * sin, right * cos + left * sin], dim=-1).to(x.dtype)
