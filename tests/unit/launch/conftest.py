@@ -1,6 +1,7 @@
 """A config small enough to launch, and ways to look after the processes it starts."""
 
 import os
+import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -8,6 +9,18 @@ from pathlib import Path
 import pytest
 
 from lctrain.config.schema import CorpusConfig, DataConfig, LauncherConfig, ModelConfig, TrainConfig, TrainerConfig
+from lctrain.launch.signals import STOP_SIGNALS
+
+
+@pytest.fixture(autouse=True)
+def usual_signal_handlers():
+    """Under nohup or in the background of a script, tests start with some signals ignored, which StopRequest respects."""
+    before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture

@@ -87,7 +87,7 @@ def test_exception_of_one_rank_is_the_only_one_shown(make_config, capfd):
     assert "failed: ValueError: the thing is bad (test_local.py:" in error
     assert f"stopping the other 2 processes; trace in {log}" in error
     assert 'raise ValueError("the thing is bad' in log.read_text()
-    assert "Connection closed by peer" in Path(config.run_dir, "log", "rank0.log").read_text()
+    assert "RuntimeError" in Path(config.run_dir, "log", "rank0.log").read_text()  # what gloo says of the loss of a peer
     (event,) = read_events(Path(config.run_dir, "events.jsonl"))
     assert (event["kind"], event["rank"]) == ("failure", 1)
 
