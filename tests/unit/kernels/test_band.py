@@ -1,0 +1,121 @@
+"""Bands against boolean masks written out."""
+
+import itertools
+
+import pytest
+import torch
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
+from lctrain.kernels.attention.band import Band, join, join_all
+
+SIZE = 40
+"""Rows and columns of the masks written out: all bands below fit."""
+
+
+def written_out(*bands: Band) -> torch.Tensor:
+    """How often each entry of a SIZE x SIZE mask is live in the bands, entry by entry from the definition."""
+    rows, columns = torch.arange(SIZE)[:, None], torch.arange(SIZE)[None]
+    total = torch.zeros(SIZE, SIZE, dtype=torch.int64)
+    for q0, q1, k0, k1, lo, hi in bands:
+        live = (rows >= q0) & (rows < q1) & (columns >= k0) & (columns < k1)
+        if lo is not None:
+            live &= columns - rows >= lo
+        if hi is not None:
+            live &= columns - rows <= hi
+        total += live
+    return total
+
+
+bounds = st.none() | st.integers(-45, 45)
+corners = st.integers(0, 20)
+sizes = st.integers(0, 20)
+
+
+@st.composite
+def bands(draw: st.DrawFn) -> Band:
+    q0, k0 = draw(corners), draw(corners)
+    return Band(q0, q0 + draw(sizes), k0, k0 + draw(sizes), draw(bounds), draw(bounds))
+
+
+@given(bands())
+def test_entries_counts_what_is_live(band: Band) -> None:
+    assert band.entries == int(written_out(band).sum())
+    if band.q1 > band.q0 and band.k1 > band.k0:
+        assert band.entries == int(band.live().sum())
+        assert torch.equal(band.live().long(), written_out(band)[band.q0 : band.q1, band.k0 : band.k1])
+
+
+@given(bands())
+def test_trim_keeps_the_entries_and_nothing_else(band: Band) -> None:
+    trimmed = band.trim()
+    if trimmed is None:
+        assert band.entries == 0
+        return
+    assert torch.equal(written_out(trimmed), written_out(band))
+    live = trimmed.live()
+    assert live.any(dim=1).all(), "a row without a live entry"
+    assert live[:, [0, -1]].any(dim=0).all(), "a dead border column"
+    assert trimmed.full == bool(live.all())
+    for bound in ("lo", "hi"):
+        if getattr(trimmed, bound) is not None:
+            loose = trimmed._replace(**{bound: None})
+            assert loose.entries > trimmed.entries, f"{bound} does not bind"
+    assert trimmed.trim() == trimmed
+
+
+@given(bands(), bands())
+def test_join_is_exact_or_refuses(one: Band, two: Band) -> None:
+    apart = written_out(one, two)
+    assume(int(apart.max()) <= 1)
+    whole = join(one, two)
+    if whole is not None:
+        assert torch.equal(written_out(whole), apart)
+
+
+@given(bands(), st.booleans(), st.integers(1, 19))
+def test_join_undoes_a_split(band: Band, by_rows: bool, at: int) -> None:
+    size = band.q1 - band.q0 if by_rows else band.k1 - band.k0
+    assume(at < size)
+    if by_rows:
+        one, two = band._replace(q1=band.q0 + at), band._replace(q0=band.q0 + at)
+    else:
+        one, two = band._replace(k1=band.k0 + at), band._replace(k0=band.k0 + at)
+    assert join(one, two) == join(two, one) == band
+
+
+@given(bands(), st.lists(st.integers(1, 19), max_size=3), st.lists(st.integers(1, 19), max_size=3), st.randoms())
+@settings(max_examples=60)
+def test_join_all_keeps_the_entries(band: Band, row_cuts: list[int], column_cuts: list[int], random) -> None:
+    rows = sorted({band.q0, band.q1, *(band.q0 + cut for cut in row_cuts if band.q0 + cut < band.q1)})
+    columns = sorted({band.k0, band.k1, *(band.k0 + cut for cut in column_cuts if band.k0 + cut < band.k1)})
+    parts = [
+        part
+        for q0, q1 in itertools.pairwise(rows)
+        for k0, k1 in itertools.pairwise(columns)
+        if (part := Band(q0, q1, k0, k1, band.lo, band.hi).trim())
+    ]
+    random.shuffle(parts)
+    joined = join_all(parts)
+    assert len(joined) <= len(parts)
+    assert torch.equal(written_out(*joined), written_out(*parts))
+
+
+def test_zigzag_blocks_join_into_one_kernel_call() -> None:
+    """The local step of a zigzag ring: two causal squares and the full block between them are one causal square."""
+    parts = [Band(0, 8, 0, 8, None, 0), Band(8, 16, 8, 16, None, 0), Band(8, 16, 0, 8)]
+    assert join_all(parts) == [Band(0, 16, 0, 16, None, 0)]
+
+
+@pytest.mark.parametrize("band", [Band(3, 3, 0, 5), Band(0, 5, 7, 7), Band(0, 4, 0, 4, 3, 1), Band(0, 4, 0, 4, None, -4)])
+def test_empty_bands(band: Band) -> None:
+    assert band.entries == 0
+    assert band.trim() is None
+
+
+def test_entries_of_a_million_tokens() -> None:
+    """Constant time and exact beyond 32 bits."""
+    length = 1_000_000
+    assert Band(0, length, 0, length, None, 0).entries == length * (length + 1) // 2
+    window = 4096
+    assert Band(0, length, 0, length, 1 - window, 0).entries == length * window - window * (window - 1) // 2
