@@ -149,6 +149,19 @@ def test_abort_leaves_a_trace_in_the_log(make_config, capfd):
     assert "Fatal Python error: Aborted" in Path(config.run_dir, "log", "rank0.log").read_text()
 
 
+def test_abort_that_answers_an_exception_is_not_called_the_cause(make_config, tmp_path, wait_until, capfd):
+    def entry(config, process, rendezvous):
+        if process.rank == 1:
+            wait_until((tmp_path / "raising").exists)
+            os.abort()
+        (tmp_path / "raising").touch()
+        time.sleep(0.05)
+        raise ValueError("the cause")
+
+    assert launch_local(entry, make_config(2)) == 1
+    assert "failed: ValueError: the cause" in capfd.readouterr().err
+
+
 def test_peer_that_does_not_notice_is_killed_after_the_grace_time(make_config, pids, capfd):
     def entry(config, process, rendezvous):
         pids.sign_in()
