@@ -1,14 +1,15 @@
 """The checker: proves from the data alone that a schedule computes attention, once and on time, and cannot deadlock.
 
-Every schedule passes here before it is first executed. Deadlock is impossible for any order in which ranks run, because
-every send of a step meets its receive in the same step, and a step posts all of its transfers before it waits for any.
+Every schedule passes here before it is first executed. Deadlock is impossible for any order in which ranks run: every send is
+matched by a receive that its peer starts in the same step, and a rank starts all transfers of a step before it waits for any.
 """
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
+from typing import NoReturn
 
-from lctrain.parallel.schedule import COPIES, SUMS, Chunk, Item, Schedule, Tile, TileMap
+from lctrain.parallel.schedule import COPIES, SUMS, Item, Schedule, Tile, TileMap
 
 
 class ScheduleError(AssertionError):
@@ -18,105 +19,111 @@ class ScheduleError(AssertionError):
 def check(schedule: Schedule, tiles: TileMap) -> None:
     """Raise ScheduleError unless `schedule` is right for `tiles`.
 
-    Each live tile is computed exactly once and no dead one is; tiles find their inputs; sends and receives of a step match;
-    sums end with their owner; no rank holds more than schedule.buffers foreign chunks.
+    Each live tile is computed exactly once and no dead one is; tiles find their inputs; sends and receives match; partial
+    results are complete and end with their owners; no rank holds more than schedule.buffers foreign items.
     """
-    where = f"{schedule.strategy} {schedule.direction} on {tiles.world_size} ranks"
-    if schedule.world_size != tiles.world_size:
-        raise ScheduleError(f"{where}: made for {schedule.world_size} ranks")
-    lengths = {len(steps) for steps in schedule.ranks}
-    if len(lengths) != 1:
-        raise ScheduleError(f"{where}: ranks disagree on the number of steps: {sorted(lengths)}")
-    for index in range(lengths.pop()):
-        _check_matching(schedule, index, where)
-    holdings = [_walk_copies(schedule, rank, where) for rank in range(schedule.world_size)]
-    done = _walk_sums(schedule, holdings, where)
-    for tile in tiles.all_live():
-        if done[tile] != 1:
-            raise ScheduleError(f"{where}: live {tile} is accounted for {done[tile]} times instead of once")
-        del done[tile]
-    if done:
-        raise ScheduleError(f"{where}: dead {next(iter(done))} is computed")
+    _Check(schedule, tiles).run()
 
 
-def _check_matching(schedule: Schedule, index: int, where: str) -> None:
-    sent, received = Counter(), Counter()
-    for rank, steps in enumerate(schedule.ranks):
-        sent.update((rank, transfer.peer, transfer.item) for transfer in steps[index].sends)
-        received.update((transfer.peer, rank, transfer.item) for transfer in steps[index].receives)
-    for source, target, item in (sent - received) + (received - sent):
-        raise ScheduleError(f"{where}, step {index}: {item} from rank {source} to rank {target} is not both sent and received")
-    for (source, target, item), times in sent.items():
-        if times > 1 or source == target or item.kind not in COPIES + SUMS:
-            raise ScheduleError(f"{where}, step {index}: bad transfer of {item} from rank {source} to rank {target}")
+class _Check:
+    def __init__(self, schedule: Schedule, tiles: TileMap) -> None:
+        self.schedule, self.tiles = schedule, tiles
+        self.where = f"{schedule.strategy} {schedule.direction} on {tiles.world_size} ranks"
+        self.steps = len(schedule.ranks[0])
 
+    def fail(self, what: str, step: int | None = None) -> NoReturn:
+        raise ScheduleError(f"{self.where}{'' if step is None else f', step {step}'}: {what}")
 
-def _walk_copies(schedule: Schedule, rank: int, where: str) -> list[int]:
-    """Check that copies are there when used or sent; foreign copies held in each step, from arrival to last use."""
-    arrived: dict[Item, int] = {}
-    last_use: dict[Item, int] = {}
-    for index, step in enumerate(schedule.ranks[rank]):
-        used = [Item("kv", tile.k) for tile in step.tiles] + [t.item for t in step.sends if t.item.kind in COPIES]
-        for item in used:
-            if item.chunk.owner != rank:
-                if arrived.get(item, index) >= index:
-                    raise ScheduleError(f"{where}, step {index}: rank {rank} uses {item}, which has not arrived")
-                last_use[item] = index
-        for tile in step.tiles:
-            if tile.q.owner != rank:
-                raise ScheduleError(f"{where}, step {index}: rank {rank} has no queries for {tile}")
-        for transfer in step.receives:
-            if transfer.item.kind in COPIES:
-                if transfer.item in arrived or transfer.item.chunk.owner == rank:
-                    raise ScheduleError(f"{where}, step {index}: rank {rank} receives {transfer.item}, which it has")
-                arrived[transfer.item] = index
-    for item in arrived.keys() - last_use.keys():
-        raise ScheduleError(f"{where}: rank {rank} receives {item} and never uses it")
-    held = [0] * len(schedule.ranks[rank])
-    for item, since in arrived.items():
-        for index in range(since, last_use[item] + 1):
-            held[index] += 1
-    return held
+    def run(self) -> None:
+        if self.schedule.world_size != self.tiles.world_size:
+            self.fail(f"made for {self.schedule.world_size} ranks")
+        if any(len(steps) != self.steps for steps in self.schedule.ranks):
+            self.fail("ranks disagree on the number of steps")
+        self.check_matching()
+        held = [self.walk_copies(rank) for rank in range(self.schedule.world_size)]
+        computed = self.walk_sums(held)
+        for tile in self.tiles.every_tile(self.schedule.slices):
+            if computed.pop(tile, 0) != 1:
+                self.fail(f"live {tile} is not computed exactly once")
+        if computed:
+            self.fail(f"dead {next(iter(computed))} is computed")
 
+    def check_matching(self) -> None:
+        """Every transfer appears on both sides, in the same step and due in the same step."""
+        for index in range(self.steps):
+            sent: Counter[tuple[object, ...]] = Counter()
+            received: Counter[tuple[object, ...]] = Counter()
+            for rank, steps in enumerate(self.schedule.ranks):
+                sent.update((rank, t.peer, t.item, t.until) for t in steps[index].sends)
+                received.update((t.peer, rank, t.item, t.until) for t in steps[index].receives)
+                for t in (*steps[index].sends, *steps[index].receives):
+                    if t.peer == rank or t.item.kind not in COPIES + SUMS or not index <= t.until < self.steps:
+                        self.fail(f"bad transfer {t} of rank {rank}", index)
+            if sent != received:
+                self.fail(f"not both sent and received: {next(iter((sent - received) + (received - sent)))}", index)
+            if sent and max(sent.values()) > 1:
+                self.fail(f"sent twice: {sent.most_common(1)[0][0]}", index)
 
-def _walk_sums(schedule: Schedule, holdings: list[list[int]], where: str) -> Counter[Tile]:
-    """Follow partial results to their owners; how often each tile is in the final results."""
-    backward = schedule.direction == "backward"
-    here: list[dict[Chunk, Counter[Tile]]] = [{} for _ in schedule.ranks]
-    computed: Counter[Tile] = Counter()
-    for index in range(len(schedule.ranks[0])):
-        moving: list[tuple[int, Chunk, Counter[Tile]]] = []
-        for rank, steps in enumerate(schedule.ranks):
-            for transfer in steps[index].sends:
-                if transfer.item.kind in SUMS:
-                    content = here[rank].pop(transfer.item.chunk, None)
-                    if content is None:
-                        raise ScheduleError(f"{where}, step {index}: rank {rank} sends {transfer.item}, which it does not have")
-                    moving.append((transfer.peer, transfer.item.chunk, content))
-        for rank, steps in enumerate(schedule.ranks):
-            for tile in steps[index].tiles:
-                computed[tile] += 1
-                if backward:
-                    here[rank].setdefault(tile.k, Counter())[tile] += 1
-            foreign = sum(chunk.owner != rank for chunk in here[rank]) + sum(target == rank for target, _, _ in moving)
-            if holdings[rank][index] + foreign > schedule.buffers:
-                raise ScheduleError(
-                    f"{where}, step {index}: rank {rank} holds {holdings[rank][index] + foreign} foreign chunks,"
-                    f" more than the {schedule.buffers} it promises"
-                )
-        for target, chunk, content in moving:
-            here[target].setdefault(chunk, Counter()).update(content)
-    if not backward:
+    def walk_copies(self, rank: int) -> list[int]:
+        """Copies are there when used or sent on; returns the foreign copies held in each step, from posting to last use."""
+        posted: dict[Item, int] = {}
+        usable: dict[Item, int] = {}
+        last_use: dict[Item, int] = {}
+        for index, step in enumerate(self.schedule.ranks[rank]):
+            used = [item for tile in step.tiles for item in (Item("q", tile.q, tile.heads), Item("kv", tile.k, tile.heads))]
+            used += [t.item for t in step.sends if t.item.kind in COPIES]
+            for item in used:
+                if item.chunk.owner != rank:
+                    if usable.get(item, self.steps) > index:
+                        self.fail(f"rank {rank} uses {item}, which has not arrived", index)
+                    last_use[item] = index
+            for t in step.receives:
+                if t.item.kind in COPIES:
+                    if t.item in posted or t.item.chunk.owner == rank:
+                        self.fail(f"rank {rank} receives {t.item}, which it has", index)
+                    posted[t.item], usable[t.item] = index, t.until + 1
+        held = [0] * self.steps
+        for item, since in posted.items():
+            if item not in last_use:
+                self.fail(f"rank {rank} receives {item} and never uses it")
+            for index in range(since, last_use[item] + 1):
+                held[index] += 1
+        return held
+
+    def walk_sums(self, held: list[list[int]]) -> Counter[Tile]:
+        """Follow partial results home; returns how often each tile was computed (and is in the results as often)."""
+        kinds = ("out",) if self.schedule.direction == "forward" else ("dq", "dkv")
+        here: list[dict[Item, Counter[Tile]]] = [{} for _ in self.schedule.ranks]
+        due: dict[int, list[tuple[int, Item, Counter[Tile]]]] = defaultdict(list)
+        arriving = [0] * len(here)
+        computed: Counter[Tile] = Counter()
+        for index in range(self.steps):
+            for rank, steps in enumerate(self.schedule.ranks):
+                for t in steps[index].sends:
+                    if t.item.kind in SUMS:
+                        if t.item not in here[rank]:
+                            self.fail(f"rank {rank} sends {t.item}, which it does not have", index)
+                        due[t.until].append((t.peer, t.item, here[rank].pop(t.item)))
+                        arriving[t.peer] += 1
+            for rank, steps in enumerate(self.schedule.ranks):
+                for tile in steps[index].tiles:
+                    computed[tile] += 1
+                    for kind in kinds:
+                        item = Item(kind, tile.k if kind == "dkv" else tile.q, tile.heads)
+                        here[rank].setdefault(item, Counter())[tile] += 1
+                foreign = held[rank][index] + arriving[rank] + sum(item.chunk.owner != rank for item in here[rank])
+                if foreign > self.schedule.buffers:
+                    self.fail(f"rank {rank} holds {foreign} foreign items, promised are {self.schedule.buffers}", index)
+            for target, item, content in due.pop(index, []):
+                arriving[target] -= 1
+                here[target].setdefault(item, Counter()).update(content)
+        done = {kind: Counter[Tile]() for kind in kinds}
+        for rank, sums in enumerate(here):
+            for item, content in sums.items():
+                if item.chunk.owner != rank:
+                    self.fail(f"{item} ends on rank {rank}")
+                done[item.kind].update(content)
+        for kind, content in done.items():
+            if content != computed:
+                self.fail(f"{kind}: what is computed and what arrives differ")
         return computed
-    done: Counter[Tile] = Counter()
-    for rank, sums in enumerate(here):
-        for chunk, content in sums.items():
-            if chunk.owner != rank:
-                raise ScheduleError(f"{where}: gradients of {chunk} end on rank {rank}")
-            done.update(content)
-    for tile in computed:
-        if computed[tile] != done[tile]:
-            raise ScheduleError(
-                f"{where}: {tile} is computed {computed[tile]} times, but its gradient arrives {done[tile]} times"
-            )
-    return done

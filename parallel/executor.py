@@ -1,216 +1,265 @@
 """The executor: runs any checked schedule over a process group as one differentiable operation.
 
-Transfers of a step are started before its tiles are computed and waited for after. Partial results are kept in fp32 (fp64
-for fp64 inputs) in buffers of their own, never in a buffer that is received into again.
+Transfers of a step are started before its tiles are computed and waited for when they are due. Partial results are kept in
+fp32 (fp64 for fp64 inputs) in buffers of their own, never in a buffer that is received into again.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from lctrain.kernels.attention import fused
 from lctrain.kernels.attention.band import Band
 from lctrain.kernels.attention.merge import merge_
+from lctrain.parallel.courier import Courier
 from lctrain.parallel.group import SequenceGroup
 from lctrain.parallel.mask import RowBand
-from lctrain.parallel.plan import AttentionPlan, PlannedStep, Work
-from lctrain.parallel.schedule import Chunk, Transfer
+from lctrain.parallel.payload import AttentionShape
+from lctrain.parallel.plan import AttentionPlan, Side, Work
+from lctrain.parallel.schedule import Chunk, Item
 
 
 class ScheduledAttention(torch.autograd.Function):
-    """(q, k, v) of one rank -> (out, lse); lse carries no gradient."""
+    """(q, k, v, sinks) of one rank -> (out, lse); lse carries no gradient."""
 
     @staticmethod
-    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, forward_plan: AttentionPlan, backward_plan, group, scale: float):
-        """q: [B, T, H, D]; k, v: [B, T, Hkv, D], T = layout.local_length. Returns out like q, lse [B, H, T]."""
-        if forward_plan.whole is not None:
-            out, lse, _ = fused.forward(q, k, v, forward_plan.whole.band, scale)
-            out = out.to(q.dtype)
+    def forward(
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        sinks: Tensor | None,
+        plans: tuple[AttentionPlan, AttentionPlan],
+        group: SequenceGroup,
+        scale: float,
+    ) -> tuple[Tensor, Tensor]:
+        """q: [B, T, H, D]; k, v: [B, T, Hkv, D], T = placement.local_length; sinks: [H]. Returns out like q, lse [B, H, T]."""
+        whole = plans[0].whole
+        if whole is not None:
+            out, lse, _ = fused.forward(q, k, v, whole.band, scale)
         else:
-            out, lse = _forward(q, k, v, forward_plan, group, scale)
-        ctx.save_for_backward(q, k, v, out, lse)
-        ctx.plan, ctx.group, ctx.scale = backward_plan, group, scale
+            out, lse = _Forward(q, k, v, plans[0], group, scale).run()
+        if sinks is not None:
+            total = torch.logaddexp(lse, sinks.to(lse.dtype)[:, None])
+            out = out * (lse - total).exp().transpose(1, 2).unsqueeze(-1)
+            lse = total
+        out = out.to(q.dtype)
+        ctx.save_for_backward(q, k, v, out, lse, sinks)
+        ctx.plan, ctx.group, ctx.scale = plans[1], group, scale
         ctx.mark_non_differentiable(lse)
         return out, lse
 
     @staticmethod
-    def backward(ctx, dout: Tensor, _dlse: Tensor):
-        """Gradients of q, k, v; every other argument has none."""
-        q, k, v, out, lse = ctx.saved_tensors
-        dout = dout.to(q.dtype)
-        grads = _backward(dout, q, k, v, out, lse, ctx.plan, ctx.group, ctx.scale)
-        return (*(grad.to(x.dtype) for grad, x in zip(grads, (q, k, v), strict=True)), None, None, None, None)
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
+        """Gradients of q, k, v and sinks; every other argument has none."""
+        q, k, v, out, lse, sinks = ctx.saved_tensors
+        dout = upstream[0].to(q.dtype)
+        grads = None
+        if ctx.plan.whole is not None:
+            grads = fused.backward_whole(dout, q, k, v, out, lse, ctx.plan.whole.band, ctx.scale)
+        if grads is None:
+            grads = _Backward(dout, q, k, v, out, lse, ctx.plan, ctx.group, ctx.scale).run()
+        dsinks = None
+        if sinks is not None:  # a sink is a key with value 0: its score's gradient is -p * delta
+            share = (sinks.to(lse.dtype)[:, None] - lse).exp()
+            dsinks = -(share * _delta(dout, out).transpose(1, 2)).sum(dim=(0, 2)).to(sinks.dtype)
+        return (*(grad.to(x.dtype) for grad, x in zip(grads, (q, k, v), strict=True)), dsinks, None, None, None)
 
 
-class _Keys(NamedTuple):
-    """k, v [B, tokens, Hkv, D] of some chunks of one owner; token 0 is the owner's local index `start`."""
+class _Run:
+    """What both directions share: this rank's tensors, the courier, and the walk through the steps."""
 
-    k: Tensor
-    v: Tensor
-    start: int
+    def __init__(self, q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, group: SequenceGroup, scale: float) -> None:
+        self.q, self.k, self.v, self.plan, self.scale = q, k, v, plan, scale
+        self.wide = fused.accumulation_dtype(q.dtype)
+        shape = AttentionShape(q.shape[0], q.shape[2], k.shape[2], q.shape[3], q.dtype)
+        self.split = shape.split(plan.schedule.slices)
+        self.size = plan.placement.chunk_length
+        self.courier = Courier(plan, group, shape, self.pack, self.fold, q.device)
 
-    def part(self, start: int, end: int) -> _Keys:
-        """The tokens with local indices [start, end)."""
-        at = slice(start - self.start, end - self.start)
-        return _Keys(self.k[:, at], self.v[:, at], start)
+    def walk(self) -> None:
+        for index, step in enumerate(self.plan.steps):
+            self.courier.start(index)
+            for work in step.work:
+                self.compute(work)
+            self.courier.finish(index)
 
-    def band(self, band: Band) -> Band:
-        """The band with its columns counted from this buffer's start."""
-        if not self.start:
-            return band
-        lo, hi = (None if bound is None else bound - self.start for bound in (band.lo, band.hi))
-        return Band(band.q0, band.q1, band.k0 - self.start, band.k1 - self.start, lo, hi)
+    def compute(self, work: Work) -> None:
+        raise NotImplementedError
 
+    def pack(self, item: Item) -> tuple[Tensor, ...]:
+        """A contiguous copy of one of this rank's own chunks, token by token, as it travels."""
+        raise NotImplementedError
 
-class _Courier:
-    """Starts a step's transfers and keeps what has arrived, by owner."""
+    def fold(self, item: Item, arrived: tuple[Tensor, ...]) -> None:
+        """Add partial results for one of this rank's own chunks to its results."""
+        raise NotImplementedError
 
-    def __init__(self, plan: AttentionPlan, group: SequenceGroup, k: Tensor, v: Tensor) -> None:
-        self.layout, self.group, self.rank = plan.layout, group, plan.rank
-        self.keys = {plan.rank: _Keys(k, v, 0)}
-        self.packed: dict[Chunk, Tensor] = {}
-        self.sums: dict[Chunk, Tensor] = {}
-        if plan.layout.world_size > 1:  # token-major, so that any chunk of it is contiguous
-            self._register(plan.rank, 0, torch.stack([k, v], dim=2).transpose(0, 1).contiguous())
+    def rows(self, chunk: Chunk) -> slice:
+        return slice(chunk.part * self.size, (chunk.part + 1) * self.size)
 
-    def start(self, step: PlannedStep) -> _Flight:
-        """Post all sends and receives of a step."""
-        sends = [(t.item.kind, self._outgoing(t), t.peer) for t in step.step.sends]
-        arriving_keys = [t for t in step.step.receives if t.item.kind == "kv"]
-        buffers = self._key_buffers(arriving_keys)
-        arriving_sums: list[tuple[Chunk, Tensor]] = []
-        receives = []
-        for transfer in step.step.receives:
-            if transfer.item.kind == "kv":
-                receives.append((buffers[transfer.item.chunk], transfer.peer))
-            else:
-                like = self.packed[Chunk(self.rank, 0)]
-                buffer = torch.empty_like(like, dtype=fused.accumulation_dtype(like.dtype))
-                arriving_sums.append((transfer.item.chunk, buffer))
-                receives.append((buffer, transfer.peer))
-        return _Flight(self.group.exchange(sends, receives), [tensor for _, tensor, _ in sends], arriving_sums)
+    def heads(self, kind: str, part: int) -> slice:
+        return slice(*(self.split.q if kind in ("q", "out", "dq") else self.split.kv)[part])
 
-    def finish(self, step: PlannedStep, flight: _Flight) -> None:
-        """Wait for a step's transfers, add the sums that came, forget the keys that nobody needs any more."""
-        for work in flight.handles:
-            work.wait()
-        for chunk, buffer in flight.sums:
-            if chunk in self.sums:
-                self.sums[chunk] += buffer
-            else:
-                self.sums[chunk] = buffer
-        for owner in step.drops:
-            del self.keys[owner]
-            for index in range(self.layout.chunks):
-                self.packed.pop(Chunk(owner, index), None)
+    def keys(self, side: Side, part: int) -> tuple[Tensor, Tensor, int]:
+        """k, v [B, tokens, heads, D] and the local index of their first token."""
+        if side.owner == self.plan.rank:
+            at = self.heads("kv", part)
+            return self.k[:, :, at], self.v[:, :, at], 0
+        (joint,), start = self.courier.copy("kv", side, part)
+        return (*_unpack(joint), start)
 
-    def keys_of(self, work: Work) -> _Keys:
-        """The keys that some work needs."""
-        size = self.layout.chunk_length
-        return self.keys[work.owner].part(work.first * size, (work.last + 1) * size)
-
-    def gradients_of(self, work: Work) -> tuple[Tensor, Tensor]:
-        """Zeroed dk, dv for `keys_of(work)`; chunk by chunk they are then the owner's entries in `sums`."""
-        like, chunks = self.packed[Chunk(self.rank, 0)], range(work.first, work.last + 1)
-        joint = like.new_zeros(len(chunks) * like.shape[0], *like.shape[1:], dtype=fused.accumulation_dtype(like.dtype))
-        for index, part in zip(chunks, joint.split(like.shape[0]), strict=True):
-            assert Chunk(work.owner, index) not in self.sums, "all gradients for an owner are made in one step"
-            self.sums[Chunk(work.owner, index)] = part
-        return _unpack(joint)
-
-    def _outgoing(self, transfer: Transfer) -> Tensor:
-        return self.packed[transfer.item.chunk] if transfer.item.kind == "kv" else self.sums.pop(transfer.item.chunk)
-
-    def _key_buffers(self, transfers: list[Transfer]) -> dict[Chunk, Tensor]:
-        """One buffer per owner, so that neighbouring chunks can go through one kernel call."""
-        before = dict(self.packed)
-        for owner in dict.fromkeys(t.item.chunk.owner for t in transfers):
-            indices = [t.item.chunk.index for t in transfers if t.item.chunk.owner == owner]
-            assert owner not in self.keys
-            assert indices == list(range(indices[0], indices[-1] + 1))
-            like = self.packed[Chunk(self.rank, 0)]
-            self._register(owner, indices[0], like.new_empty(len(indices) * like.shape[0], *like.shape[1:]))
-        return {chunk: buffer for chunk, buffer in self.packed.items() if chunk not in before}
-
-    def _register(self, owner: int, first: int, joint: Tensor) -> None:
-        k, v = _unpack(joint)
-        self.keys.setdefault(owner, _Keys(k, v, first * self.layout.chunk_length))
-        for index, part in enumerate(joint.split(self.layout.chunk_length)):
-            self.packed[Chunk(owner, first + index)] = part
+    def pack_kv(self, item: Item) -> tuple[Tensor, ...]:
+        rows, heads = self.rows(item.chunk), self.heads("kv", item.heads)
+        return (torch.stack([self.k[:, rows, heads], self.v[:, rows, heads]], dim=2).transpose(0, 1).contiguous(),)
 
 
-class _Flight(NamedTuple):
-    """Transfers under way: handles, tensors that must stay alive, and sums to add on arrival."""
+class _Forward(_Run):
+    def run(self) -> tuple[Tensor, Tensor]:
+        batch, tokens, heads, _ = self.q.shape
+        self.out = torch.zeros_like(self.q, dtype=self.wide)
+        self.lse = self.out.new_full((batch, heads, tokens), float("-inf"))
+        self.walk()
+        return self.out, self.lse
 
-    handles: list[dist.Work]
-    alive: list[Tensor]
-    sums: list[tuple[Chunk, Tensor]]
+    def compute(self, work: Work) -> None:
+        k, v, k_start = self.keys(work.k, work.heads)
+        if work.q.owner == self.plan.rank:
+            at = self.heads("q", work.heads)
+            q, q_start, out, lse = self.q[:, :, at], 0, self.out[:, :, at], self.lse[:, at]
+        else:
+            (packed,), q_start = self.courier.copy("q", work.q, work.heads)
+            q = packed.transpose(0, 1)
+            out = torch.zeros_like(packed, dtype=self.wide).transpose(0, 1)
+            lse = out.new_full((out.shape[0], out.shape[2], out.shape[1]), float("-inf"))
+        for part in work.bands:
+            band = _shift(part.band, q_start, k_start)
+            q_rows, k_rows, v_rows, out_rows, lse_rows = _of_rows(part, q, k, v, out, lse)
+            new_out, new_lse, at = fused.forward(q_rows, k_rows, v_rows, band, self.scale)
+            merge_(out_rows[:, at], lse_rows[:, :, at], new_out, new_lse)
+        if work.q.owner != self.plan.rank:
+            partial = (out.transpose(0, 1).to(self.q.dtype), lse.permute(2, 0, 1))
+            self.courier.add("out", work.q, work.heads, partial, q_start)
+
+    def pack(self, item: Item) -> tuple[Tensor, ...]:
+        if item.kind == "kv":
+            return self.pack_kv(item)
+        return (self.q[:, self.rows(item.chunk), self.heads("q", item.heads)].transpose(0, 1).contiguous(),)
+
+    def fold(self, item: Item, arrived: tuple[Tensor, ...]) -> None:
+        rows, heads = self.rows(item.chunk), self.heads("out", item.heads)
+        out, lse = arrived[0].transpose(0, 1), arrived[1].permute(1, 2, 0)
+        merge_(self.out[:, rows, heads], self.lse[:, heads, rows], out, lse)
+
+
+class _Queries(NamedTuple):
+    """Queries with what their gradient needs: q, dout, out [B, tokens, H, D], lse [B, H, tokens]."""
+
+    q: Tensor
+    dout: Tensor
+    out: Tensor
+    lse: Tensor
+
+
+class _Backward(_Run):
+    def __init__(
+        self,
+        dout: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        plan: AttentionPlan,
+        group: SequenceGroup,
+        scale: float,
+    ) -> None:
+        super().__init__(q, k, v, plan, group, scale)
+        self.own = _Queries(q, dout, out, lse)
+
+    def run(self) -> tuple[Tensor, Tensor, Tensor]:
+        self.dq, self.dk, self.dv = (torch.zeros_like(x, dtype=self.wide) for x in (self.q, self.k, self.v))
+        self.walk()
+        return self.dq, self.dk, self.dv
+
+    def compute(self, work: Work) -> None:
+        k, v, k_start = self.keys(work.k, work.heads)
+        queries, q_start = self.queries(work)
+        rank = self.plan.rank
+        if work.q.owner == rank:
+            dq = self.dq[:, :, self.heads("dq", work.heads)]
+        else:
+            dq = torch.zeros_like(queries.q.transpose(0, 1), dtype=self.wide, memory_format=torch.contiguous_format).transpose(
+                0, 1
+            )
+        if work.k.owner == rank:
+            at = self.heads("dkv", work.heads)
+            dk, dv = self.dk[:, :, at], self.dv[:, :, at]
+        else:
+            joint = k.new_zeros(k.shape[1], k.shape[0], 2, *k.shape[2:], dtype=self.wide)
+            dk, dv = _unpack(joint)
+        for part in work.bands:
+            q, dout, out, lse, k_rows, v_rows, *into = _of_rows(part, *queries, k, v, dq, dk, dv)
+            fused.backward_(dout, q, k_rows, v_rows, out, lse, _shift(part.band, q_start, k_start), self.scale, into)
+        if work.q.owner != rank:
+            self.courier.add("dq", work.q, work.heads, (dq.transpose(0, 1),), q_start)
+        if work.k.owner != rank:
+            self.courier.add("dkv", work.k, work.heads, (joint,), k_start)
+
+    def queries(self, work: Work) -> tuple[_Queries, int]:
+        """The queries of some work and the local index of their first token."""
+        if work.q.owner == self.plan.rank:
+            at = self.heads("q", work.heads)
+            q, dout, out, lse = self.own
+            return _Queries(q[:, :, at], dout[:, :, at], out[:, :, at], lse[:, at]), 0
+        (joint, stats), start = self.courier.copy("q", work.q, work.heads)
+        q, dout = _unpack(joint)
+        lse, delta = stats[:, :, 0].permute(1, 2, 0).contiguous(), stats[:, :, 1].transpose(0, 1)
+        # The kernel takes out and forms sum(dout * out) itself; any tensor with the right sum will do instead of sending out.
+        wide = dout.to(self.wide)
+        norm = wide.square().sum(dim=-1)
+        ratio = torch.where(norm > 0, delta / norm, 0.0)
+        return _Queries(q, dout, (wide * ratio.unsqueeze(-1)).to(q.dtype), lse), start
+
+    def pack(self, item: Item) -> tuple[Tensor, ...]:
+        if item.kind == "kv":
+            return self.pack_kv(item)
+        rows, heads = self.rows(item.chunk), self.heads("q", item.heads)
+        q, dout, out = (x[:, rows, heads] for x in self.own[:3])
+        stats = torch.stack([self.own.lse[:, heads, rows].transpose(1, 2), _delta(dout, out)], dim=2)
+        return torch.stack([q, dout], dim=2).transpose(0, 1).contiguous(), stats.transpose(0, 1).contiguous()
+
+    def fold(self, item: Item, arrived: tuple[Tensor, ...]) -> None:
+        rows, heads = self.rows(item.chunk), self.heads(item.kind, item.heads)
+        if item.kind == "dq":
+            self.dq[:, rows, heads] += arrived[0].transpose(0, 1)
+        else:
+            dk, dv = _unpack(arrived[0])
+            self.dk[:, rows, heads] += dk
+            self.dv[:, rows, heads] += dv
+
+
+def _delta(dout: Tensor, out: Tensor) -> Tensor:
+    """sum(dout * out) over the head dimension, [B, T, H] in accumulation precision."""
+    wide = fused.accumulation_dtype(dout.dtype)
+    return (dout.to(wide) * out.to(wide)).sum(dim=-1)
 
 
 def _unpack(joint: Tensor) -> tuple[Tensor, Tensor]:
-    """k and v, [B, tokens, Hkv, D], as views of a token-major buffer [tokens, B, 2, Hkv, D]."""
+    """The two halves, [B, tokens, H, D], of a token-major buffer [tokens, B, 2, H, D], as views."""
     return joint[:, :, 0].transpose(0, 1), joint[:, :, 1].transpose(0, 1)
 
 
-def _rows(part: RowBand, *tensors: Tensor) -> list[Tensor]:
+def _of_rows(part: RowBand, *tensors: Tensor) -> list[Tensor]:
     return [x[part.row0 : part.row1] for x in tensors]
 
 
-def _forward(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, group: SequenceGroup, scale: float) -> tuple[Tensor, Tensor]:
-    batch, tokens, heads, _ = q.shape
-    out = torch.zeros_like(q, dtype=fused.accumulation_dtype(q.dtype))
-    lse = out.new_full((batch, heads, tokens), float("-inf"))
-    courier = _Courier(plan, group, k, v)
-    for step in plan.steps:
-        flight = courier.start(step)
-        for work in step.work:
-            keys = courier.keys_of(work)
-            for part in work.bands:
-                q_rows, k_rows, v_rows, out_rows, lse_rows = _rows(part, q, keys.k, keys.v, out, lse)
-                partial, partial_lse, at = fused.forward(q_rows, k_rows, v_rows, keys.band(part.band), scale)
-                merge_(out_rows[:, at], lse_rows[:, :, at], partial, partial_lse)
-        courier.finish(step, flight)
-    return out.to(q.dtype), lse
-
-
-def _backward(
-    dout: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    plan: AttentionPlan,
-    group: SequenceGroup,
-    scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    if plan.whole is not None:
-        whole = fused.backward_whole(dout, q, k, v, out, lse, plan.whole.band, scale)
-        if whole is not None:
-            return whole
-    dtype = fused.accumulation_dtype(q.dtype)
-    dq, dk, dv = (torch.zeros_like(x, dtype=dtype) for x in (q, k, v))
-    courier = _Courier(plan, group, k, v)
-    for step in plan.steps:
-        flight = courier.start(step)
-        for work in step.work:
-            keys = courier.keys_of(work)
-            own = _Keys(dk, dv, 0).part(keys.start, keys.start + keys.k.shape[1])
-            into = own[:2] if work.owner == plan.rank else courier.gradients_of(work)
-            for part in work.bands:
-                rows = _rows(part, dout, q, keys.k, keys.v, out, lse)
-                fused.backward_(*rows, keys.band(part.band), scale, _rows(part, dq, *into))
-        courier.finish(step, flight)
-    for index in range(plan.layout.chunks):
-        home = courier.sums.pop(Chunk(plan.rank, index), None)
-        if home is not None:
-            at = slice(index * plan.layout.chunk_length, (index + 1) * plan.layout.chunk_length)
-            from_k, from_v = _unpack(home)
-            dk[:, at] += from_k
-            dv[:, at] += from_v
-    assert not courier.sums, "the checker proved that every gradient goes home"
-    return dq, dk, dv
+def _shift(band: Band, q_start: int, k_start: int) -> Band:
+    """The band with rows and columns counted from the given local indices."""
+    if not q_start and not k_start:
+        return band
+    lo, hi = (None if bound is None else bound + q_start - k_start for bound in (band.lo, band.hi))
+    return Band(band.q0 - q_start, band.q1 - q_start, band.k0 - k_start, band.k1 - k_start, lo, hi)

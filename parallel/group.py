@@ -22,6 +22,14 @@ class SequenceGroup:
         self.rank = 0 if process_group is None else dist.get_rank(process_group)
         self.size = 1 if process_group is None else dist.get_world_size(process_group)
         self.sent: Counter[str] = Counter()
+        self._peers: Sequence[int] = range(self.size)
+
+    def across(self, ranks: Sequence[int]) -> SequenceGroup:
+        """Some ranks of this group, this one among them, as a group of their own: same process group, same byte count."""
+        part = SequenceGroup()
+        part.process_group, part.sent, part._peers = self.process_group, self.sent, [self._peers[rank] for rank in ranks]
+        part.rank, part.size = list(ranks).index(self.rank), len(ranks)
+        return part
 
     def exchange(self, sends: Sequence[tuple[str, Tensor, int]], receives: Sequence[tuple[Tensor, int]]) -> list[dist.Work]:
         """Start all transfers at once: (kind, contiguous tensor, peer) to send, (contiguous buffer, peer) to fill.
@@ -32,7 +40,7 @@ class SequenceGroup:
         operations = []
         for kind, tensor, peer in sends:
             self.sent[kind] += tensor.nbytes
-            operations.append(dist.P2POp(dist.isend, tensor, group=self.process_group, group_peer=peer))
+            operations.append(dist.P2POp(dist.isend, tensor, group=self.process_group, group_peer=self._peers[peer]))
         for buffer, peer in receives:
-            operations.append(dist.P2POp(dist.irecv, buffer, group=self.process_group, group_peer=peer))
+            operations.append(dist.P2POp(dist.irecv, buffer, group=self.process_group, group_peer=self._peers[peer]))
         return dist.batch_isend_irecv(operations) if operations else []

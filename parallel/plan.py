@@ -6,27 +6,33 @@ import dataclasses
 from functools import lru_cache
 from typing import NamedTuple
 
-from lctrain.parallel.layout import SequenceLayout
 from lctrain.parallel.mask import AttentionMask, RowBand
-from lctrain.parallel.schedule import Direction, Schedule, Step, Tile, TileMap
-from lctrain.parallel.strategies import make_schedule
+from lctrain.parallel.schedule import COPIES, Direction, Item, Placement, Schedule, Step, Tile, TileMap
+from lctrain.parallel.strategies import Problem, make_schedule
+
+
+class Side(NamedTuple):
+    """Some chunks of one owner, as the queries or the keys of some work."""
+
+    owner: int
+    parts: tuple[int, ...]
 
 
 class Work(NamedTuple):
-    """Bands of the local queries against the key chunks [first, last] of one owner, in both shards' local indices."""
+    """Tiles that go through the kernel together: bands in the local indices of both owners, for one slice of the heads."""
 
-    owner: int
-    first: int
-    last: int
+    heads: int
+    q: Side
+    k: Side
     bands: tuple[RowBand, ...]
 
 
 class PlannedStep(NamedTuple):
-    """A step of the schedule, its work, and the owners whose keys are not needed after it."""
+    """A step of the schedule, its work, and the copies that are neither used nor sent after it."""
 
     step: Step
     work: tuple[Work, ...]
-    drops: tuple[int, ...]
+    drops: tuple[Item, ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,7 +43,7 @@ class AttentionPlan:
         executor then returns the kernel's own result without accumulators.
     """
 
-    layout: SequenceLayout
+    placement: Placement
     rank: int
     schedule: Schedule
     steps: tuple[PlannedStep, ...]
@@ -45,55 +51,56 @@ class AttentionPlan:
 
 
 @lru_cache(maxsize=64)
-def live_tiles(layout: SequenceLayout, mask: AttentionMask) -> TileMap:
+def live_tiles(placement: Placement, mask: AttentionMask) -> TileMap:
     """The live tiles of a masked layout."""
-    return TileMap(layout, mask)
+    return TileMap(placement, mask)
 
 
-@lru_cache(maxsize=256)
+@lru_cache(maxsize=256)  # all layers of a model ask for the same few
 def make_plan(
-    strategy: str, layout: SequenceLayout, mask: AttentionMask, rank: int, direction: Direction
-) -> AttentionPlan:  # cached: all layers of a model ask for the same few
+    strategy: str, placement: Placement, mask: AttentionMask, rank: int, direction: Direction, n_kv_heads: int, node: int
+) -> AttentionPlan:
     """The plan of `rank` for a checked schedule."""
-    live = live_tiles(layout, mask)
-    schedule = make_schedule(strategy, live, direction)
+    live = live_tiles(placement, mask)
+    schedule = make_schedule(strategy, Problem(live, direction, n_kv_heads, node))
     steps = schedule.ranks[rank]
-    last_use: dict[int, int] = {}
+    last_use: dict[Item, int] = {}
     for index, step in enumerate(steps):
-        owners = [tile.k.owner for tile in step.tiles] + [t.item.chunk.owner for t in step.sends if t.item.kind == "kv"]
-        last_use.update((owner, index) for owner in owners if owner != rank)
+        used = [item for tile in step.tiles for item in (Item("q", tile.q, tile.heads), Item("kv", tile.k, tile.heads))]
+        last_use.update((item, index) for item in used if item.chunk.owner != rank)
+        last_use.update((t.item, index) for t in step.sends if t.item.kind in COPIES)
     planned = []
     for index, step in enumerate(steps):
-        work = tuple(_work(mask, layout, tiles, live) for tiles in _by_owner(step.tiles))
-        drops = tuple(owner for owner, last in last_use.items() if last == index)
+        work = tuple(_work(mask, placement, tiles, live) for tiles in _by_owners(step.tiles))
+        drops = tuple(item for item, last in last_use.items() if last == index)
         planned.append(PlannedStep(step, work, drops))
-    return AttentionPlan(layout, rank, schedule, tuple(planned), _whole(planned, layout, mask))
+    return AttentionPlan(placement, rank, schedule, tuple(planned), _whole(planned, placement, mask))
 
 
-def _by_owner(tiles: tuple[Tile, ...]) -> list[list[Tile]]:
-    owners: dict[int, list[Tile]] = {}
+def _by_owners(tiles: tuple[Tile, ...]) -> list[list[Tile]]:
+    groups: dict[tuple[int, int, int], list[Tile]] = {}
     for tile in tiles:
-        owners.setdefault(tile.k.owner, []).append(tile)
-    return list(owners.values())
+        groups.setdefault((tile.heads, tile.q.owner, tile.k.owner), []).append(tile)
+    return list(groups.values())
 
 
-def _work(mask: AttentionMask, layout: SequenceLayout, tiles: list[Tile], live: TileMap) -> Work:
-    """The bands of some tiles of one owner: all chunks together where nothing but these tiles is live in their product."""
-    rank, owner = tiles[0].q.owner, tiles[0].k.owner
-    queries, keys = sorted({tile.q.index for tile in tiles}), sorted({tile.k.index for tile in tiles})
-    product = {t for t in live.tiles(rank, owner) if t.q.index in queries and t.k.index in keys}
-    if product == set(tiles):
-        bands = mask.bands(layout, (rank, queries), (owner, keys))
+def _work(mask: AttentionMask, placement: Placement, tiles: list[Tile], live: TileMap) -> Work:
+    """Tiles of one pair of owners: bands of all chunks together where nothing but these tiles is live in their product."""
+    q_owner, k_owner, heads = tiles[0].q.owner, tiles[0].k.owner, tiles[0].heads
+    queries, keys = (sorted(set(side)) for side in ([tile.q for tile in tiles], [tile.k for tile in tiles]))
+    q_parts, k_parts = tuple(chunk.part for chunk in queries), tuple(chunk.part for chunk in keys)
+    if set(live.tiles(tuple(queries), tuple(keys), heads)) == set(tiles):
+        bands = mask.bands(placement, (q_owner, q_parts), (k_owner, k_parts))
     else:
-        bands = tuple(band for t in tiles for band in mask.bands(layout, (rank, (t.q.index,)), (owner, (t.k.index,))))
-    return Work(owner, keys[0], keys[-1], bands)
+        bands = tuple(b for t in tiles for b in mask.bands(placement, (q_owner, (t.q.part,)), (k_owner, (t.k.part,))))
+    return Work(heads, Side(q_owner, q_parts), Side(k_owner, k_parts), bands)
 
 
-def _whole(steps: list[PlannedStep], layout: SequenceLayout, mask: AttentionMask) -> RowBand | None:
-    parts = [part for step in steps for work in step.work for part in work.bands]
-    if layout.world_size > 1 or len(parts) != 1:
+def _whole(steps: list[PlannedStep], placement: Placement, mask: AttentionMask) -> RowBand | None:
+    work = [work for step in steps for work in step.work]
+    parts = [part for one in work for part in one.bands]
+    if placement.world_size > 1 or len(parts) != 1 or len(work) != 1:
         return None
     part = parts[0]
     rows = part.row1 is None or (part.row0, part.row1) == (0, len(mask.documents))
-    covers = rows and (part.band.q0, part.band.q1) == (0, layout.local_length)
-    return part if covers else None
+    return part if rows and (part.band.q0, part.band.q1) == (0, placement.local_length) else None

@@ -1,63 +1,93 @@
 """Schedule: a sequence-parallel attention strategy as plain data.
 
 For every rank a list of steps; each step names tiles to compute and transfers to start. All ranks walk through the steps
-together: in a step a rank starts its sends and receives, computes its tiles, then waits. What arrives in a step can be used
-from the next one on. Because it is data, the same object is checked, counted, drawn and executed.
+together: in a step a rank starts its sends and receives, computes its tiles, then waits for what is due. What has arrived by
+the end of a step can be used from the next one on. Because it is data, the same object is checked, counted, simulated, drawn
+and executed.
 
 Two kinds of things travel:
-  copies      inputs of tiles. A copy stays where it came from.
-                "kv" keys and values
-  sums        partial results, which move away when sent and are added to what the receiver has.
-                "dkv" gradients of keys and values
-Sums of queries ("out", "dq") are made and kept by the tiles' own rank in these strategies.
+  copies  inputs of tiles; the sender keeps its own.
+            "q"    queries; in backward also their output gradients, log-sum-exp and delta = sum(dout * out)
+            "kv"   keys and values
+  sums    partial results; they leave the sender and are added to what the receiver has.
+            "out"  unnormalised attention, with its log-sum-exp
+            "dq"   gradients of queries
+            "dkv"  gradients of keys and values
 """
 
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal, NamedTuple
+from collections import Counter
+from typing import Literal, NamedTuple, Protocol
 
 import numpy as np
 
-from lctrain.parallel.layout import SequenceLayout
+from lctrain.parallel.layout import Segment
 from lctrain.parallel.mask import AttentionMask
 
 Direction = Literal["forward", "backward"]
-COPIES = ("kv",)
-SUMS = ("dkv",)
+COPIES = ("q", "kv")
+SUMS = ("out", "dq", "dkv")
+
+
+class Placement(Protocol):
+    """Where tokens live: a SequenceLayout, or several ranks of one seen as a single rank."""
+
+    @property
+    def world_size(self) -> int:
+        """Ranks."""
+
+    @property
+    def chunks(self) -> int:
+        """Chunks per rank."""
+
+    @property
+    def chunk_length(self) -> int:
+        """Tokens per chunk."""
+
+    @property
+    def local_length(self) -> int:
+        """Tokens per rank."""
+
+    def segments(self, rank: int) -> tuple[Segment, ...]:
+        """The chunks of a rank, in local order."""
 
 
 class Chunk(NamedTuple):
     """One segment of one rank's tokens."""
 
     owner: int
-    index: int
+    part: int
 
 
 class Tile(NamedTuple):
-    """Scores of one chunk of queries against one chunk of keys."""
+    """Scores of one chunk of queries against one chunk of keys, for one slice of the heads."""
 
     q: Chunk
     k: Chunk
+    heads: int = 0
 
 
 class Item(NamedTuple):
-    """Something that travels: what it is, and of which tokens."""
+    """Something that travels: what it is, of which tokens and heads."""
 
     kind: str
     chunk: Chunk
+    heads: int = 0
 
 
 class Transfer(NamedTuple):
-    """An item on its way to (in sends) or from (in receives) a peer."""
+    """An item on its way to (in sends) or from (in receives) a peer; waited for at the end of step `until`."""
 
     item: Item
     peer: int
+    until: int
 
 
 @dataclasses.dataclass(frozen=True)
 class Step:
-    """What one rank does between two waits."""
+    """What one rank starts between two waits."""
 
     tiles: tuple[Tile, ...] = ()
     sends: tuple[Transfer, ...] = ()
@@ -69,12 +99,14 @@ class Schedule:
     """A whole strategy in one direction.
 
     ranks: per rank, its steps; all ranks have equally many.
-    buffers: most chunks of other ranks' items that any rank may hold at once, arriving ones included.
+    slices: parts into which the heads are split.
+    buffers: most items of other ranks that any rank may hold at once, arriving ones included.
     """
 
     strategy: str
     direction: Direction
     ranks: tuple[tuple[Step, ...], ...]
+    slices: int
     buffers: int
 
     @property
@@ -82,13 +114,9 @@ class Schedule:
         """Ranks of the sequence group."""
         return len(self.ranks)
 
-    def sends(self, rank: int) -> dict[str, int]:
-        """Chunks that `rank` sends, by kind."""
-        counts: dict[str, int] = {}
-        for step in self.ranks[rank]:
-            for transfer in step.sends:
-                counts[transfer.item.kind] = counts.get(transfer.item.kind, 0) + 1
-        return counts
+    def sends(self, rank: int) -> Counter[tuple[str, int]]:
+        """Items that `rank` sends, by kind and slice of heads."""
+        return Counter((t.item.kind, t.item.heads) for step in self.ranks[rank] for t in step.sends)
 
 
 class TileMap:
@@ -98,17 +126,12 @@ class TileMap:
     do not.
     """
 
-    def __init__(self, layout: SequenceLayout, mask: AttentionMask) -> None:
-        self.world_size, self.chunks = layout.world_size, layout.chunks
-        size = self.world_size * self.chunks
-        live = np.zeros((size, size), dtype=bool)
-        for q in range(size):
-            for k in range(size):
-                live[q, k] = bool(
-                    mask.bands(layout, (q // self.chunks, (q % self.chunks,)), (k // self.chunks, (k % self.chunks,)))
-                )
-        self._live = live
-        self._key = (self.world_size, self.chunks, live.tobytes())
+    def __init__(self, placement: Placement, mask: AttentionMask) -> None:
+        self.world_size, self.chunks = placement.world_size, placement.chunks
+        every = [(rank, part) for rank in range(self.world_size) for part in range(self.chunks)]
+        pairs = [[bool(mask.bands(placement, (q, (a,)), (k, (b,)))) for k, b in every] for q, a in every]
+        self._live = np.array(pairs, dtype=bool)
+        self._key = (self.world_size, self.chunks, self._live.tobytes())
 
     def __hash__(self) -> int:
         return hash(self._key)
@@ -116,24 +139,18 @@ class TileMap:
     def __eq__(self, other: object) -> bool:
         return isinstance(other, TileMap) and self._key == other._key
 
-    def is_live(self, tile: Tile) -> bool:
-        """Whether the tile has any live entry."""
-        return bool(self._live[self._at(tile.q), self._at(tile.k)])
+    def chunks_of(self, rank: int) -> tuple[Chunk, ...]:
+        """All chunks of a rank."""
+        return tuple(Chunk(rank, part) for part in range(self.chunks))
 
-    def tiles(self, queries: int, keys: int) -> tuple[Tile, ...]:
-        """Live tiles of the queries of one rank against the keys of another."""
-        pairs = ((a, b) for a in range(self.chunks) for b in range(self.chunks))
-        tiles = (Tile(Chunk(queries, a), Chunk(keys, b)) for a, b in pairs)
-        return tuple(tile for tile in tiles if self.is_live(tile))
+    def tiles(self, queries: tuple[Chunk, ...], keys: tuple[Chunk, ...], heads: int = 0) -> tuple[Tile, ...]:
+        """Live tiles of some queries against some keys."""
+        return tuple(Tile(q, k, heads) for q in queries for k in keys if self._live[self._at(q), self._at(k)])
 
-    def needs(self, rank: int, chunk: Chunk) -> bool:
-        """Whether any query of `rank` sees any key of `chunk`."""
-        first = rank * self.chunks
-        return bool(self._live[first : first + self.chunks, self._at(chunk)].any())
-
-    def all_live(self) -> list[Tile]:
-        """Every live tile."""
-        return [tile for q in range(self.world_size) for k in range(self.world_size) for tile in self.tiles(q, k)]
+    def every_tile(self, slices: int) -> list[Tile]:
+        """Every live tile, for every slice of the heads."""
+        chunks = tuple(chunk for rank in range(self.world_size) for chunk in self.chunks_of(rank))
+        return [tile._replace(heads=heads) for tile in self.tiles(chunks, chunks) for heads in range(slices)]
 
     def _at(self, chunk: Chunk) -> int:
-        return chunk.owner * self.chunks + chunk.index
+        return chunk.owner * self.chunks + chunk.part

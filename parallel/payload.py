@@ -1,0 +1,73 @@
+"""What travels with an item, tensor by tensor: the one description that buffers, messages and byte counts come from."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import NamedTuple
+
+import torch
+
+from lctrain.kernels.attention.fused import accumulation_dtype
+from lctrain.parallel.heads import HeadSplit, split_heads
+from lctrain.parallel.schedule import Direction, Schedule
+
+
+@dataclasses.dataclass(frozen=True)
+class AttentionShape:
+    """Sizes that do not depend on the sequence: q is [batch, tokens, n_heads, head_dim], k and v have n_kv_heads."""
+
+    batch: int
+    n_heads: int
+    n_kv_heads: int
+    head_dim: int
+    dtype: torch.dtype
+
+    def split(self, slices: int) -> HeadSplit:
+        """The heads in `slices` parts."""
+        return split_heads(self.n_heads, self.n_kv_heads, slices)
+
+
+class Part(NamedTuple):
+    """One tensor of an item: [tokens, *tail], contiguous, tokens first so that any run of tokens is contiguous too."""
+
+    tail: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def bytes_per_token(self) -> int:
+        """Bytes of one token's entries."""
+        return math.prod(self.tail) * self.dtype.itemsize
+
+
+def payload(kind: str, direction: Direction, shape: AttentionShape, split: HeadSplit, heads: int) -> tuple[Part, ...]:
+    """The tensors of an item of this kind for one slice of the heads.
+
+    Inputs and partial outputs travel in the dtype of q; log-sum-exp, delta and gradients that are still added to, in fp32.
+    """
+    (q0, q1), (k0, k1) = split.q[heads], split.kv[heads]
+    batch, size, wide = shape.batch, shape.head_dim, accumulation_dtype(shape.dtype)
+    parts = {
+        "kv": (Part((batch, 2, k1 - k0, size), shape.dtype),),
+        "out": (Part((batch, q1 - q0, size), shape.dtype), Part((batch, q1 - q0), wide)),
+        "dq": (Part((batch, q1 - q0, size), wide),),
+        "dkv": (Part((batch, 2, k1 - k0, size), wide),),
+        "q": (Part((batch, q1 - q0, size), shape.dtype),)
+        if direction == "forward"
+        else (Part((batch, 2, q1 - q0, size), shape.dtype), Part((batch, 2, q1 - q0), wide)),
+    }
+    return parts[kind]
+
+
+def item_bytes(kind: str, schedule: Schedule, shape: AttentionShape, heads: int, chunk_length: int) -> int:
+    """Bytes of one item of a schedule."""
+    parts = payload(kind, schedule.direction, shape, shape.split(schedule.slices), heads)
+    return chunk_length * sum(part.bytes_per_token for part in parts)
+
+
+def sent_bytes(schedule: Schedule, rank: int, shape: AttentionShape, chunk_length: int) -> dict[str, int]:
+    """Bytes that `rank` hands to the process group, by kind; equal to what SequenceGroup counts at run time."""
+    total: dict[str, int] = {}
+    for (kind, heads), count in schedule.sends(rank).items():
+        total[kind] = total.get(kind, 0) + count * item_bytes(kind, schedule, shape, heads, chunk_length)
+    return total
