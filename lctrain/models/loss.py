@@ -26,6 +26,8 @@ def linear_cross_entropy(
         The objective (sum over targets, with z-loss; differentiable), and without gradient the sum of the cross-entropies
         alone (fp64) and the loss of every token (fp32 [N], 0 where there is no target).
     """
+    if not torch.is_grad_enabled():  # a parameter says that it needs a gradient even then, and forming it is half of the work
+        hidden, weight = hidden.detach(), weight.detach()
     return _LinearCrossEntropy.apply(hidden, weight, labels, chunk, z_weight)
 
 
