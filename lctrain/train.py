@@ -19,7 +19,9 @@ from lctrain.engines.torch_engine import TorchEngine
 from lctrain.errors import UserError
 from lctrain.launch.process import Process
 from lctrain.launch.signals import StopRequest
+from lctrain.models.pattern import parse_pattern
 from lctrain.optim import learning_rate
+from lctrain.parallel.balance import rank_entries
 from lctrain.parallel.mesh import ProcessMesh
 from lctrain.resume import checkpoint_meta, resume, training_state
 from lctrain.run_dir import RunDir
@@ -84,7 +86,7 @@ def _loop(
     with _loader(config, mesh, device, source, start) as loader:
         began = time.perf_counter()
         for batch in loader:
-            sums = _agree(batch, mesh, engine, stop)
+            sums = _agree(config, batch, mesh, engine, stop)
             if sums["stop"]:
                 name = stop.requested or "a stop signal on another rank"
                 tracker.message(f"{name}: stopping after step {batch.step} of {trainer.steps}")
@@ -110,6 +112,8 @@ def _loop(
                 "consumed": batch.consumed + trainer.global_batch,
                 "digest": f"{sums['digest'] % 2**DIGEST_BITS:016x}",
             }
+            if mesh.cp > 1:
+                record["cp_imbalance"] = sums["busiest"] / max(1, sums["entries"])
             if result.problem is None:
                 skipped_in_a_row = 0
             else:
@@ -128,13 +132,21 @@ def _loop(
         tracker.event("end", step=done)
 
 
-def _agree(batch: StepBatch, mesh: ProcessMesh, engine: Engine, stop: StopRequest) -> dict[str, int]:
-    """Sums over the whole global batch, and whether any rank was asked to stop: equal on all ranks, one small all-reduce."""
+def _agree(config: TrainConfig, batch: StepBatch, mesh: ProcessMesh, engine: Engine, stop: StopRequest) -> dict[str, int]:
+    """Sums over the whole global batch, and whether any rank was asked to stop: equal on all ranks, one small all-reduce.
+
+    entries: live score entries of attention; busiest: what they would be if every context-parallel rank had as many as the one
+    with the most in its micro-batch, for which the others wait.
+    """
     first = mesh.cp_rank == 0  # every context-parallel rank knows its whole rows: one of them counts
+    window = _shared_window(config)
+    work = [rank_entries(micro.layout, micro.borders, window=window) for micro in batch.micro_batches]
     names = {
         "targets": sum(micro.targets for micro in batch.micro_batches) * first,
         "tokens": sum(borders[-1] for micro in batch.micro_batches for borders in micro.borders) * first,
         "flops": sum(engine.model.flops(micro.borders) for micro in batch.micro_batches) * first,
+        "entries": sum(map(sum, work)) * first,
+        "busiest": sum(map(max, work)) * mesh.cp * first,
         "digest": batch.digest * first,
         "stop": int(stop.requested is not None),
     }
@@ -177,7 +189,14 @@ def _loader(
         start_step=start,
         stop_step=end,
         pin_memory=device.type == "cuda",
+        window=_shared_window(config),
     )
+
+
+def _shared_window(config: TrainConfig) -> int | None:
+    """The window of all attention layers; None where there are others: their work outweighs that of windowed ones."""
+    symbols = {layer.symbol for layer in parse_pattern(config.model.pattern)}
+    return config.model.attention.window if symbols <= {"W", "-"} else None
 
 
 def _announce(config: TrainConfig, mesh: ProcessMesh, engine: Engine, start: int, checkpoint: object, tracker: Tracker) -> None:

@@ -7,12 +7,16 @@ Layouts (W ranks, T tokens after padding):
   contiguous  rank r owns block r of W
   zigzag      rank r owns blocks r and 2W-1-r of 2W: equal causal work for every rank
   striped     rank r owns tokens r, r+W, r+2W, ...: equal causal work too (Brandon et al. 2023, Striped Attention)
+  balanced    rank r owns those of the equal blocks that `owners` gives it: equal work for packed documents, see
+              lctrain.parallel.deal
 """
 
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from collections.abc import Sequence
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -22,6 +26,7 @@ IGNORE = -100
 """Label of a position that has no target."""
 
 KINDS = ("contiguous", "zigzag", "striped")
+"""Layouts that follow from the world size and the length alone; "balanced" needs `owners` too."""
 
 
 class Segment(NamedTuple):
@@ -39,23 +44,39 @@ class SequenceLayout:
 
     Every rank owns `local_length` tokens; the sequence is padded at its end to make this so. Padding belongs to no document:
     nothing attends to it, it attends to nothing, and its label is IGNORE.
+
+    owners: for kind "balanced", the rank of every block in order of position, equally many blocks for each; else None.
     """
 
     kind: str
     world_size: int
     length: int
+    owners: tuple[int, ...] | None = dataclasses.field(default=None, repr=False)
 
     def __post_init__(self) -> None:
-        if self.kind not in KINDS:
-            raise ValueError(f"unknown sequence layout {self.kind!r}: choose one of {', '.join(KINDS)}")
+        if self.kind not in (*KINDS, "balanced"):
+            raise ValueError(f"unknown sequence layout {self.kind!r}: choose one of {', '.join(KINDS)}, balanced")
         if self.world_size < 1 or self.length < 1:
             raise ValueError(
                 f"a sequence layout needs world_size >= 1 and length >= 1, got {self.world_size} and {self.length}"
             )
+        if (self.kind == "balanced") != (self.owners is not None):
+            raise ValueError(
+                f"layout {self.kind!r} {'needs' if self.owners is None else 'takes no'} owners of blocks;"
+                " lctrain.parallel.deal.make_layout makes a layout of any kind"
+            )
+        if self.owners is not None:
+            dealt = Counter(self.owners)
+            if dealt.keys() != set(range(self.world_size)) or len(set(dealt.values())) != 1:
+                raise ValueError(
+                    f"each of ranks 0 to {self.world_size - 1} needs equally many blocks, got {dict(sorted(dealt.items()))}"
+                )
 
     @property
     def chunks(self) -> int:
         """Segments that each rank owns."""
+        if self.owners is not None:
+            return len(self.owners) // self.world_size
         return 2 if self.kind == "zigzag" and self.world_size > 1 else 1
 
     @property
@@ -79,9 +100,20 @@ class SequenceLayout:
         size = self.chunk_length
         if self.kind == "striped":
             return (Segment(rank, self.world_size, size, 0),)
+        if self.owners is not None:
+            return self._dealt[rank]
         if self.chunks == 1:
             return (Segment(rank * size, 1, size, 0),)
         return (Segment(rank * size, 1, size, 0), Segment((2 * self.world_size - 1 - rank) * size, 1, size, size))
+
+    @cached_property
+    def _dealt(self) -> tuple[tuple[Segment, ...], ...]:
+        """Segments of every rank from `owners`; masks ask for them often."""
+        assert self.owners is not None
+        size, dealt = self.chunk_length, [list[Segment]() for _ in range(self.world_size)]
+        for block, rank in enumerate(self.owners):
+            dealt[rank].append(Segment(block * size, 1, size, len(dealt[rank]) * size))
+        return tuple(map(tuple, dealt))
 
     def indices(self, rank: int) -> Tensor:
         """Global position of every local token of `rank`: int64 [local_length]; positions >= length are padding."""

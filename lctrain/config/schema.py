@@ -15,8 +15,9 @@ NonNegative = Annotated[int, Field(ge=0)]
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
-LayoutKind = Literal["contiguous", "zigzag", "striped"]
-Strategy = Literal["ring", "all_gather"]
+LayoutKind = Literal["contiguous", "zigzag", "striped", "balanced"]
+Ring = Literal["ring", "bidirectional_ring", "double_ring", "token_ring", "all_gather"]
+Strategy = Literal["ring", "bidirectional_ring", "double_ring", "token_ring", "all_gather", "ulysses", "usp"]
 
 
 class Strict(BaseModel):
@@ -71,6 +72,8 @@ class AttentionConfig(Strict):
     """Bias on the output projection."""
     qk_norm: bool = False
     """RMSNorm over each query and key head before rotation (Qwen3)."""
+    sinks: bool = False
+    """A learned score per head that takes part in the softmax and has no value (attention sinks, as in GPT-OSS)."""
     window: Positive | None = None
     """Tokens a `W` layer sees, the current one included; required if the pattern has a `W`."""
     rope: RopeConfig = RopeConfig()
@@ -174,9 +177,21 @@ class ParallelConfig(Strict):
     dp: Positive | None = None
     """Data-parallel size; null means processes / cp."""
     layout: LayoutKind = "zigzag"
-    """Which tokens each context-parallel rank owns; zigzag and striped balance causal attention."""
+    """Which tokens each context-parallel rank owns. zigzag evens out the work of one long document; balanced deals blocks anew
+    for the packed documents of every micro-batch; striped is even for any, but every rank then needs all keys."""
     attention: Strategy = "ring"
-    """How keys and values reach the queries: passed round a ring, or gathered at once."""
+    """How attention works over the ranks of a sequence. ring, bidirectional_ring, double_ring: keys and values go round;
+    token_ring: queries do; all_gather: keys and values are gathered at once; ulysses: heads for sequence; usp: ulysses in groups
+    and a ring between them."""
+    ulysses: Positive | None = None
+    """usp: ranks per group that exchange heads for sequence, a divisor of cp; null: the largest below cp that divides the KV
+    heads."""
+    ring: Ring = "ring"
+    """usp: strategy between the groups."""
+    nesting: Literal["inner", "outer"] = "inner"
+    """usp: inner puts neighbouring ranks (one node) into a group, outer ranks that lie far apart."""
+    node_size: Positive | None = None
+    """double_ring: ranks per inner ring, a divisor of cp; null: the largest up to the square root of cp."""
 
 
 class EngineConfig(Strict):
@@ -364,6 +379,13 @@ class TrainConfig(Strict):
             )
         if dp is not None and dp * cp != processes:
             raise ValueError(f"parallel.dp={dp} x parallel.cp={cp} is {dp * cp}, but launcher.processes={processes}")
+        for name in ("ulysses", "node_size"):
+            degree = getattr(self.parallel, name)
+            if degree is not None and cp % degree:
+                fits = [n for n in range(1, cp + 1) if cp % n == 0]
+                raise ValueError(
+                    f"parallel.{name}={degree} does not divide parallel.cp={cp}; it can be {', '.join(map(str, fits))}"
+                )
         dp = processes // cp
         per_pass = dp * self.trainer.micro_batch
         if self.trainer.global_batch % per_pass:

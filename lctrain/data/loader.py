@@ -14,6 +14,7 @@ from torch import Tensor
 from lctrain.config.schema import DataConfig, TrainerConfig
 from lctrain.data.batch import MicroBatch, PackedSample, StepBatch
 from lctrain.data.samples import SampleSource
+from lctrain.parallel.deal import make_layout
 from lctrain.parallel.layout import IGNORE, SequenceLayout, count_targets, document_positions, shift_labels
 
 
@@ -24,6 +25,8 @@ class Loader:
     row j the sample (m*dp_size + d)*micro_batch + j of these. The ranks of one context-parallel group read the same rows and
     keep their own share of the tokens. For evaluation: a source of split "valid" and stop_step=trainer.eval_batches.
 
+    window: tokens that a query sees if all attention layers have this window, else None; the layout "balanced" evens out each
+        micro-batch's work for it.
     wait_s: seconds that the consumer waited for the latest batch; near 0 while the threads keep up.
     An exception in a thread is raised by `next`, in the order of the steps. Use as a context manager or call `close`.
     """
@@ -41,10 +44,12 @@ class Loader:
         start_step: int = 0,
         stop_step: int | None = None,
         pin_memory: bool = False,
+        window: int | None = None,
     ) -> None:
         assert trainer.global_batch % (dp_size * trainer.micro_batch) == 0, "global batch not divisible over the ranks"
         self._source = source
         self._layout = (layout_kind, cp_size)
+        self._window = window
         self._cp_rank = cp_rank
         self._dp = (dp_rank, dp_size)
         self._trainer = trainer
@@ -133,7 +138,7 @@ class Loader:
         tokens = torch.from_numpy(np.stack([sample.tokens for sample in samples]))
         borders = tuple(sample.borders for sample in samples)
         kind, cp_size = self._layout
-        layout = SequenceLayout(kind, cp_size, tokens.shape[1])
+        layout = make_layout(kind, cp_size, tokens.shape[1], borders, self._window)
         # The shift comes before the cut: a shard's last token has its target on another rank.
         labels = shift_labels(tokens, borders, [sample.next_token for sample in samples])
         positions = document_positions(borders, tokens.shape[1])

@@ -19,8 +19,8 @@ from lctrain.engines.base import StepResult
 from lctrain.models.init import initialise
 from lctrain.models.model import LanguageModel, LossSums
 from lctrain.optim import global_grad_norm, make_adamw, scale_gradients
+from lctrain.parallel.deal import make_layout
 from lctrain.parallel.group import SequenceGroup
-from lctrain.parallel.layout import SequenceLayout
 from lctrain.parallel.mesh import ProcessMesh
 from lctrain.parallel.sequence import SequenceMeta
 
@@ -98,9 +98,10 @@ class TorchEngine:
         DDP deals gradients to buckets anew after its first backward, and sums depend on a gradient's place in its bucket:
         without this, the first step after a resume would differ in the last bits from the same step of an undisturbed run.
         """
-        layout = SequenceLayout(self.config.parallel.layout, self.mesh.cp, 2 * self.mesh.cp)
+        length = 2 * self.mesh.cp
+        layout = make_layout(self.config.parallel.layout, self.mesh.cp, length, ((0, length),))
         nothing = torch.zeros(1, layout.local_length, dtype=torch.int64)
-        micro = MicroBatch(nothing, nothing, nothing, ((0, layout.length),), layout, layout.length, (0,), ((),))
+        micro = MicroBatch(nothing, nothing, nothing, ((0, length),), layout, length, (0,), ((),))
         self._forward(micro).objective.backward()
         self.optimizer.zero_grad(set_to_none=True)
 
