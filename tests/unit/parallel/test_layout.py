@@ -14,10 +14,18 @@ from lctrain.parallel.layout import (
     shift_labels,
 )
 
-layouts = st.builds(SequenceLayout, st.sampled_from(KINDS), st.integers(1, 7), st.integers(1, 70))
+
+@st.composite
+def layouts(draw: st.DrawFn, ranks: int | None = None, length: int | None = None) -> SequenceLayout:
+    ranks, length = ranks or draw(st.integers(1, 7)), length or draw(st.integers(1, 70))
+    kind = draw(st.sampled_from((*KINDS, "balanced")))
+    if kind != "balanced":
+        return SequenceLayout(kind, ranks, length)
+    blocks = draw(st.integers(1, 4))
+    return SequenceLayout(kind, ranks, length, tuple(draw(st.permutations(list(range(ranks)) * blocks))))
 
 
-@given(layouts)
+@given(layouts())
 def test_every_token_has_one_owner(layout: SequenceLayout) -> None:
     owned = torch.cat([layout.indices(rank) for rank in range(layout.world_size)])
     assert torch.equal(owned.sort().values, torch.arange(layout.padded_length))
@@ -26,7 +34,7 @@ def test_every_token_has_one_owner(layout: SequenceLayout) -> None:
     assert layout.local_length * layout.world_size == layout.padded_length
 
 
-@given(layouts)
+@given(layouts())
 def test_segments_spell_out_the_indices(layout: SequenceLayout) -> None:
     for rank in range(layout.world_size):
         at = 0
@@ -45,9 +53,11 @@ def test_what_the_kinds_mean() -> None:
     assert owned("contiguous") == [[0, 1, 2, 3], [4, 5, 6, 7]]
     assert owned("zigzag") == [[0, 1, 6, 7], [2, 3, 4, 5]]
     assert owned("striped") == [[0, 2, 4, 6], [1, 3, 5, 7]]
+    dealt = SequenceLayout("balanced", 2, 8, (1, 0, 0, 1))
+    assert [dealt.indices(rank).tolist() for rank in range(2)] == [[2, 3, 4, 5], [0, 1, 6, 7]]
 
 
-@given(layouts, st.sampled_from([0, 1, -1]))
+@given(layouts(), st.sampled_from([0, 1, -1]))
 def test_shard_and_unshard_are_inverse(layout: SequenceLayout, dim: int) -> None:
     shape = [2, 3]
     shape[dim] = layout.length
@@ -68,9 +78,9 @@ def test_more_ranks_than_tokens() -> None:
         assert layout.unshard(shards, 0).tolist() == [42]
 
 
-@given(st.sampled_from(KINDS), st.sampled_from(KINDS), st.integers(1, 6), st.integers(1, 50))
-def test_convert_between_kinds(kind: str, other_kind: str, ranks: int, length: int) -> None:
-    one, two = SequenceLayout(kind, ranks, length), SequenceLayout(other_kind, ranks, length)
+@given(st.integers(1, 6), st.integers(1, 50), st.data())
+def test_convert_between_kinds(ranks: int, length: int, data) -> None:
+    one, two = (data.draw(layouts(ranks, length)) for _ in range(2))
     whole = torch.arange(1, length + 1).expand(2, -1)
     shards = [one.shard(whole, rank, 1) for rank in range(ranks)]
     moved = one.convert(shards, two, 1, pad=-1)
@@ -80,7 +90,7 @@ def test_convert_between_kinds(kind: str, other_kind: str, ranks: int, length: i
     assert tokens == length, "padding does not travel"
 
 
-@given(layouts)
+@given(layouts())
 def test_convert_to_the_same_layout_moves_nothing_between_ranks(layout: SequenceLayout) -> None:
     for source in range(layout.world_size):
         for target in range(layout.world_size):
@@ -90,11 +100,20 @@ def test_convert_to_the_same_layout_moves_nothing_between_ranks(layout: Sequence
 
 
 def test_what_does_not_fit_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"unknown sequence layout 'zigzga': choose one of contiguous, zigzag, striped"):
+    with pytest.raises(
+        ValueError, match=r"unknown sequence layout 'zigzga': choose one of contiguous, zigzag, striped, balanced"
+    ):
         SequenceLayout("zigzga", 2, 8)
     for world_size, length in ((0, 8), (2, 0)):
         with pytest.raises(ValueError, match=f"got {world_size} and {length}"):
             SequenceLayout("zigzag", world_size, length)
+    with pytest.raises(ValueError, match="'balanced' needs owners"):
+        SequenceLayout("balanced", 2, 8)
+    with pytest.raises(ValueError, match="'zigzag' takes no owners"):
+        SequenceLayout("zigzag", 2, 8, (0, 1))
+    for owners in ((0, 0), (0, 1, 1), (0, 2), ()):
+        with pytest.raises(ValueError, match="equally many blocks"):
+            SequenceLayout("balanced", 2, 8, owners)
     layout = SequenceLayout("zigzag", 2, 8)
     with pytest.raises(ValueError, match=r"expected 8 tokens along dimension 1 .* \(2, 7\)"):
         layout.shard(torch.zeros(2, 7), 0, 1)

@@ -13,7 +13,9 @@ from lctrain.parallel.mask import AttentionMask
 @st.composite
 def cases(draw: st.DrawFn) -> tuple[SequenceLayout, AttentionMask]:
     length = draw(st.integers(1, 48))
-    layout = SequenceLayout(draw(st.sampled_from(KINDS)), draw(st.integers(1, 5)), length)
+    kind, ranks = draw(st.sampled_from((*KINDS, "balanced"))), draw(st.integers(1, 5))
+    owners = tuple(draw(st.permutations(list(range(ranks)) * 3))) if kind == "balanced" else None
+    layout = SequenceLayout(kind, ranks, length, owners)
     ends = st.sets(st.integers(1, length), min_size=1, max_size=5)
     rows = [(0, *sorted(draw(ends))) for _ in range(draw(st.integers(1, 3)))]
     if draw(st.booleans()):
