@@ -45,9 +45,8 @@ class _RMSNorm(torch.autograd.Function):
         inverse = inverse.view(-1, 1)
         x, slope = x.reshape(-1, size).to(wide), dy.reshape(-1, size).to(wide)
         product = slope * x
-        along = (
-            product.mv(weight.to(wide)).unsqueeze(1).mul_(inverse.pow(3)).div_(size)
-        )  # part of dy along x, which the norm undoes
+        # What of dy lies along x changes only the length of x, which the norm undoes.
+        along = product.mv(weight.to(wide)).unsqueeze(1).mul_(inverse.pow(3)).div_(size)
         dweight = product.t().mv(inverse[:, 0]).to(weight.dtype) if ctx.needs_input_grad[1] else None
         dx = torch.mul(slope, weight, out=product).mul_(inverse).addcmul_(x, along, value=-1)
         return dx.view(dy.shape).to(dy.dtype), dweight, None
