@@ -11,8 +11,8 @@ from lctrain.parallel.group import SequenceGroup
 from lctrain.parallel.heads import split_heads
 from lctrain.parallel.layout import SequenceLayout
 from lctrain.parallel.mask import AttentionMask
+from lctrain.parallel.placement import Placement
 from lctrain.parallel.plan import make_plan
-from lctrain.parallel.schedule import Placement
 from lctrain.parallel.strategy import Strategy
 
 

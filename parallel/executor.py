@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lctrain.kernels.attention import fused
 from lctrain.kernels.attention.band import Band
-from lctrain.kernels.attention.merge import merge_
+from lctrain.kernels.attention.merge import add_sinks, merge_
 from lctrain.parallel.courier import Courier
 from lctrain.parallel.group import SequenceGroup
 from lctrain.parallel.mask import RowBand
@@ -43,9 +43,7 @@ class ScheduledAttention(torch.autograd.Function):
         else:
             out, lse = _Forward(q, k, v, plans[0], group, scale).run()
         if sinks is not None:
-            total = torch.logaddexp(lse, sinks.to(lse.dtype)[:, None])
-            out = out * (lse - total).exp().transpose(1, 2).unsqueeze(-1)
-            lse = total
+            out, lse = add_sinks(out, lse, sinks)
         out = out.to(q.dtype)
         ctx.save_for_backward(q, k, v, out, lse, sinks)
         ctx.plan, ctx.group, ctx.scale = plans[1], group, scale

@@ -23,13 +23,12 @@ class HeadSplit:
         return len(self.q)
 
     def is_uniform(self, part: int) -> bool:
-        """Whether the slice is grouped attention by itself: every one of its KV heads serves equally many of its query heads."""
+        """Whether the slice is grouped attention by itself: each of its KV heads serves equally many of its query heads."""
         (q0, q1), (k0, k1) = self.q[part], self.kv[part]
-        return (
-            q1 == q0
-            or (q1 - q0) % (k1 - k0) == 0
-            and self.kv_of_queries(part) == tuple(head * (k1 - k0) // (q1 - q0) for head in range(q1 - q0))
-        )
+        if q1 == q0:
+            return True
+        even = tuple(head * (k1 - k0) // (q1 - q0) for head in range(q1 - q0))
+        return (q1 - q0) % (k1 - k0) == 0 and self.kv_of_queries(part) == even
 
     def kv_of_queries(self, part: int) -> tuple[int, ...]:
         """For each query head of the slice, its KV head, counted within the slice."""

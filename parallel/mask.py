@@ -18,6 +18,7 @@ from torch import Tensor
 
 from lctrain.kernels.attention.band import Band, join_all
 from lctrain.parallel.layout import Segment, SequenceLayout
+from lctrain.parallel.placement import Placement
 
 Borders = tuple[int, ...]
 
@@ -59,7 +60,7 @@ class AttentionMask:
         return cls(((0, length),), causal, window)
 
     def bands(
-        self, layout: SequenceLayout, queries: tuple[int, Iterable[int]], keys: tuple[int, Iterable[int]]
+        self, layout: Placement, queries: tuple[int, Iterable[int]], keys: tuple[int, Iterable[int]]
     ) -> tuple[RowBand, ...]:
         """Live entries between two shards, as disjoint trimmed bands in the shards' local indices.
 
@@ -68,7 +69,7 @@ class AttentionMask:
         """
         return _bands(self, layout, (queries[0], tuple(queries[1])), (keys[0], tuple(keys[1])))
 
-    def entries(self, layout: SequenceLayout, queries: tuple[int, Iterable[int]], keys: tuple[int, Iterable[int]]) -> int:
+    def entries(self, layout: Placement, queries: tuple[int, Iterable[int]], keys: tuple[int, Iterable[int]]) -> int:
         """Number of live score entries between two shards, per head, summed over the rows described by `documents`."""
         rows = len(self.documents)
         return sum(((part.row1 or rows) - part.row0) * part.band.entries for part in self.bands(layout, queries, keys))
@@ -94,7 +95,7 @@ class AttentionMask:
 
 @lru_cache(maxsize=4096)
 def _bands(
-    mask: AttentionMask, layout: SequenceLayout, queries: tuple[int, tuple[int, ...]], keys: tuple[int, tuple[int, ...]]
+    mask: AttentionMask, layout: Placement, queries: tuple[int, tuple[int, ...]], keys: tuple[int, tuple[int, ...]]
 ) -> tuple[RowBand, ...]:
     found: list[RowBand] = []
     rows = mask.documents

@@ -7,7 +7,8 @@ from functools import lru_cache
 from typing import NamedTuple
 
 from lctrain.parallel.mask import AttentionMask, RowBand
-from lctrain.parallel.schedule import COPIES, Direction, Item, Placement, Schedule, Step, Tile, TileMap
+from lctrain.parallel.placement import Placement
+from lctrain.parallel.schedule import COPIES, Direction, Item, Schedule, Step, Tile, TileMap
 from lctrain.parallel.strategies import Problem, make_schedule
 
 

@@ -19,39 +19,16 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from typing import Literal, NamedTuple, Protocol
+from typing import Literal, NamedTuple
 
 import numpy as np
 
-from lctrain.parallel.layout import Segment
 from lctrain.parallel.mask import AttentionMask
+from lctrain.parallel.placement import Placement
 
 Direction = Literal["forward", "backward"]
 COPIES = ("q", "kv")
 SUMS = ("out", "dq", "dkv")
-
-
-class Placement(Protocol):
-    """Where tokens live: a SequenceLayout, or several ranks of one seen as a single rank."""
-
-    @property
-    def world_size(self) -> int:
-        """Ranks."""
-
-    @property
-    def chunks(self) -> int:
-        """Chunks per rank."""
-
-    @property
-    def chunk_length(self) -> int:
-        """Tokens per chunk."""
-
-    @property
-    def local_length(self) -> int:
-        """Tokens per rank."""
-
-    def segments(self, rank: int) -> tuple[Segment, ...]:
-        """The chunks of a rank, in local order."""
 
 
 class Chunk(NamedTuple):

@@ -11,6 +11,7 @@ from lctrain.parallel.attention import sequence_parallel_attention
 from lctrain.parallel.group import SequenceGroup
 from lctrain.parallel.layout import SequenceLayout
 from lctrain.parallel.mask import AttentionMask, Borders
+from lctrain.parallel.strategy import Strategy
 
 T = TypeVar("T")
 
@@ -20,13 +21,19 @@ class SequenceMeta:
 
     positions: int64 [B, layout.local_length], restarting in every document.
     documents: per batch row, the global document borders.
-    strategy: how attention moves keys and values.
+    strategy: how attention works over the ranks.
     """
 
     def __init__(
-        self, layout: SequenceLayout, group: SequenceGroup, positions: Tensor, documents: tuple[Borders, ...], strategy: str
+        self,
+        layout: SequenceLayout,
+        group: SequenceGroup,
+        positions: Tensor,
+        documents: tuple[Borders, ...],
+        strategy: str | Strategy = "ring",
     ) -> None:
-        self.layout, self.group, self.positions, self.documents, self.strategy = layout, group, positions, documents, strategy
+        self.layout, self.group, self.positions, self.documents = layout, group, positions, documents
+        self.strategy = Strategy(strategy) if isinstance(strategy, str) else strategy
         self._made: dict[object, object] = {}
 
     def once(self, key: object, make: Callable[[], T]) -> T:
@@ -39,9 +46,13 @@ class SequenceMeta:
         """Causal attention within documents."""
         return self.once(("mask", window), lambda: AttentionMask(self.documents, causal=True, window=window))
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, window: int | None = None) -> Tensor:
-        """Causal attention within documents over the whole sequence: q [B, T, H, D], k, v [B, T, Hkv, D] -> [B, T, H, D]."""
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, window: int | None = None, sinks: Tensor | None = None) -> Tensor:
+        """Causal attention within documents over the whole sequence: q [B, T, H, D], k, v [B, T, Hkv, D] -> [B, T, H, D].
+
+        sinks: [H], see sequence_parallel_attention.
+        """
+        mask = self.mask(window)
         out, _ = sequence_parallel_attention(
-            q, k, v, layout=self.layout, mask=self.mask(window), group=self.group, strategy=self.strategy
+            q, k, v, layout=self.layout, mask=mask, group=self.group, strategy=self.strategy, sinks=sinks, need_lse=False
         )
         return out

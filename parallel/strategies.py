@@ -2,7 +2,7 @@
 
 ring                Keys and values go from rank to rank, towards lower ranks, one hop a step.
 bidirectional_ring  The same in both directions at once, half of the heads each way (with one KV head: half of the chunks).
-double_ring         Rings inside nodes, and between nodes a slower ring whose hops have a whole inner round to arrive (LoongTrain).
+double_ring         Rings inside nodes, and a ring between nodes whose hops have a whole inner round to arrive (LoongTrain).
 token_ring          Queries go round, keys stay; partial outputs return straight to their owner, against the stream (TokenRing).
                     In backward queries, output gradients, log-sum-exp and delta go round and dq returns; dk and dv stay.
 all_gather          Every rank sends its keys and values directly to all that need them, in one step.
@@ -83,8 +83,8 @@ class _Plan:
 class _Round:
     """One way of going round: where an item of each owner is in each step, and from where it comes there.
 
-    inner: ranks of the inner ring. Within an inner round an item moves on by one rank a step; between rounds it goes to the next
-    node, from the rank that used it first in the round, with the whole round for the way. One round is a plain ring.
+    inner: ranks of the inner ring. Within an inner round an item moves on by one rank a step; between rounds it goes to the
+    next node, from the rank that used it first in the round, with the whole round for the way. One round is a plain ring.
     sign: -1 towards lower ranks, 1 towards higher.
     """
 

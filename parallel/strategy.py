@@ -16,8 +16,8 @@ NAMES = (*STRATEGIES, "ulysses", "usp")
 class Strategy:
     """One way to compute attention over a sequence that is spread over ranks.
 
-    name: one of NAMES. ulysses: all heads for sequence. usp: heads for sequence in groups of `ulysses` ranks, and `ring` between
-        the groups.
+    name: one of NAMES. ulysses: all heads for sequence. usp: heads for sequence in groups of `ulysses` ranks, and `ring`
+        between the groups (Fang and Zhao 2024).
     ulysses: ranks per group of usp; None: the largest proper divisor of the ranks that also divides the KV heads.
     ring: strategy between the groups of usp.
     nesting: inner: a group's ranks are neighbours (share a node); outer: they lie as far apart as possible.

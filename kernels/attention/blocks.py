@@ -41,7 +41,9 @@ def cut(band: Band) -> list[Block]:
 
 
 def _masked(band: Band) -> list[Block]:
-    width = min(band.k1 - band.k0, band.hi - band.lo + 1) if band.hi is not None and band.lo is not None else band.k1 - band.k0
+    width = band.k1 - band.k0
+    if band.lo is not None and band.hi is not None:
+        width = min(width, band.hi - band.lo + 1)
     rows = max(MASKED_ROWS[0], min(MASKED_ROWS[1], width // 2))
     blocks = []
     for q0 in range(band.q0, band.q1, rows):

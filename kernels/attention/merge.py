@@ -21,3 +21,9 @@ def merge_(out: Tensor, lse: Tensor, new_out: Tensor, new_lse: Tensor) -> None:
     weight = torch.sigmoid(new_lse - lse).nan_to_num_(0.0)  # NaN only for -inf against -inf: nothing to add
     out.lerp_(new_out.to(out.dtype), weight.transpose(1, 2).unsqueeze(-1).to(out.dtype))
     torch.logaddexp(lse, new_lse.to(lse.dtype), out=lse)
+
+
+def add_sinks(out: Tensor, lse: Tensor, sinks: Tensor) -> tuple[Tensor, Tensor]:
+    """(out, lse) after merging one more key per head that has the score sinks [H] and the value 0; new tensors."""
+    total = torch.logaddexp(lse, sinks.to(lse.dtype)[:, None])
+    return out * (lse - total).exp().transpose(1, 2).unsqueeze(-1), total

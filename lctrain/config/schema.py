@@ -181,8 +181,8 @@ class ParallelConfig(Strict):
     for the packed documents of every micro-batch; striped is even for any, but every rank then needs all keys."""
     attention: Strategy = "ring"
     """How attention works over the ranks of a sequence. ring, bidirectional_ring, double_ring: keys and values go round;
-    token_ring: queries do; all_gather: keys and values are gathered at once; ulysses: heads for sequence; usp: ulysses in groups
-    and a ring between them."""
+    token_ring: queries do; all_gather: keys and values are gathered at once; ulysses: heads for sequence; usp: ulysses in
+    groups and a ring between them."""
     ulysses: Positive | None = None
     """usp: ranks per group that exchange heads for sequence, a divisor of cp; null: the largest below cp that divides the KV
     heads."""
@@ -364,7 +364,7 @@ class TrainConfig(Strict):
         staged = sum(stage.steps for stage in self.trainer.stages)
         if staged >= self.trainer.steps and self.trainer.stages:
             raise ValueError(
-                f"trainer.stages cover {staged} steps but trainer.steps={self.trainer.steps}: leave at least one step for seq_len"
+                f"trainer.stages cover {staged} steps but trainer.steps={self.trainer.steps}: leave one step or more for seq_len"
             )
         return self
 

@@ -68,8 +68,8 @@ class RankPool:
                 waiting = sorted(set(range(self.world_size)) - set(answers))
                 self.close()
                 raise RankError(f"ranks {waiting} of {self.world_size} did not answer within {timeout_s:g} s")
-            for pipe in ready:
-                rank = self._pipes.index(pipe)  # type: ignore[arg-type]
+            for done in ready:
+                rank = next(rank for rank, own in enumerate(self._pipes) if own is done)
                 try:
                     ok, value = torch.load(io.BytesIO(self._pipes[rank].recv_bytes()), weights_only=False)
                 except EOFError:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lctrain.config.schema import ModelConfig
+from lctrain.kernels.attention import fused
+from lctrain.kernels.attention.band import Band
+from lctrain.kernels.attention.merge import add_sinks
 from lctrain.kernels.rotary.fused import rotate
 from lctrain.models.layers import Linear, RMSNorm
 from lctrain.models.rope import rotation
@@ -50,12 +52,13 @@ class Attention(nn.Module):
         self.out = Linear(settings.n_heads * self.head_dim, config.d_model, settings.out_bias, residual=True)
         self.q_norm = RMSNorm(self.head_dim, config.norm_eps) if settings.qk_norm else None
         self.k_norm = RMSNorm(self.head_dim, config.norm_eps) if settings.qk_norm else None
+        self.sinks = nn.Parameter(torch.empty(settings.n_heads)) if settings.sinks else None
 
     def forward(self, x: Tensor, seq: SequenceMeta) -> Tensor:
         """x [B, T, d_model] -> same shape."""
         turn = seq.once(("rotation", self.rope, self.head_dim), lambda: rotation(self.rope, self.head_dim, seq.positions))
         q, k, v = self._project(x, *turn)
-        return self.out(seq.attend(q, k, v, self.window).flatten(2))
+        return self.out(seq.attend(q, k, v, self.window, self.sinks).flatten(2))
 
     def new_state(self) -> KeyValueCache:
         """State for `decode`."""
@@ -67,11 +70,13 @@ class Attention(nn.Module):
         positions = torch.arange(start, start + x.shape[1], device=x.device).expand(x.shape[0], -1)
         q, k, v = self._project(x, *rotation(self.rope, self.head_dim, positions))
         k, v = state.append(k, v)
-        offset = torch.arange(k.shape[1], device=x.device) - positions[0, :, None]
-        live = offset <= 0 if self.window is None else (offset <= 0) & (offset > -self.window)
-        heads = (t.transpose(1, 2) for t in (q, k, v))
-        mixed = F.scaled_dot_product_attention(*heads, attn_mask=live, enable_gqa=True)
-        return self.out(mixed.transpose(1, 2).flatten(2))
+        oldest = None if self.window is None else start - self.window + 1
+        band = Band(0, q.shape[1], 0, k.shape[1], oldest, start).trim()
+        assert band is not None, "a token sees itself"
+        mixed, lse, _ = fused.forward(q, k, v, band, self.head_dim**-0.5)
+        if self.sinks is not None:
+            mixed, _ = add_sinks(mixed, lse, self.sinks)
+        return self.out(mixed.to(x.dtype).flatten(2))
 
     def flops(self, documents: tuple[Borders, ...]) -> int:
         """Multiply-adds x 2 of one forward pass over whole sequences with these documents, live score entries only."""

@@ -18,7 +18,7 @@ def initialise(model: LanguageModel, seed: int) -> None:
     """Fill every parameter in place; sharded parameters get their part of what one process would have.
 
     Normal with std `init_std`; projections into the residual stream have it divided by sqrt(number of sublayers)
-    (Radford et al. 2019); norms 1, biases 0.
+    (Radford et al. 2019); norms 1, biases and attention sinks 0.
     """
     std = model.config.init_std
     seen: set[str] = set()
@@ -27,7 +27,7 @@ def initialise(model: LanguageModel, seed: int) -> None:
             seen.add(name)
             if isinstance(module, RMSNorm):
                 parameter.fill_(1.0)
-            elif name.endswith("bias"):
+            elif name.endswith(("bias", "sinks")):
                 parameter.zero_()
             else:
                 residual = isinstance(module, Linear) and module.residual

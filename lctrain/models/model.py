@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -13,7 +14,7 @@ from lctrain.config.schema import ModelConfig
 from lctrain.models.layers import Linear, RMSNorm
 from lctrain.models.loss import linear_cross_entropy
 from lctrain.models.pattern import LayerSpec, parse_pattern
-from lctrain.models.registry import build_mixer
+from lctrain.models.registry import Mixer, build_mixer
 from lctrain.parallel.mask import Borders
 from lctrain.parallel.sequence import SequenceMeta
 
@@ -32,7 +33,7 @@ class Sublayer(nn.Module):
     def __init__(self, spec: LayerSpec, config: ModelConfig) -> None:
         super().__init__()
         self.norm = RMSNorm(config.d_model, config.norm_eps)
-        self.mixer = build_mixer(spec, config)
+        self.mixer: Mixer = build_mixer(spec, config)
 
     def forward(self, x: Tensor, seq: SequenceMeta) -> Tensor:
         """x [B, T, d_model] -> same shape."""
@@ -54,7 +55,9 @@ class LanguageModel(nn.Module):
         super().__init__()
         self.config, self.dtype, self.checkpointing = config, dtype, checkpointing
         self.embedding = nn.Parameter(torch.empty(config.vocab_size, config.d_model))
-        self.layers = nn.ModuleList(Sublayer(spec, config) for spec in parse_pattern(config.pattern))
+        self.layers: Sequence[Sublayer] = nn.ModuleList(  # type: ignore[assignment]
+            Sublayer(spec, config) for spec in parse_pattern(config.pattern)
+        )
         self.norm = RMSNorm(config.d_model, config.norm_eps)
         self.head = None if config.tie_embeddings else Linear(config.d_model, config.vocab_size)
 

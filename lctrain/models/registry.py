@@ -1,34 +1,48 @@
-"""Which module stands behind each symbol of a pattern.
-
-A mixer is an nn.Module built from the model config, with
-    forward(x, seq) -> x        training, over a sequence that may be spread over ranks
-    new_state(), decode(x, s)   generation, token after token, on one process
-    flops(documents)            exact forward cost
-"""
+"""Which module stands behind each symbol of a pattern."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any, Protocol
 
-from torch import nn
+from torch import Tensor
 
 from lctrain.config.schema import ModelConfig
 from lctrain.models.attention import Attention
 from lctrain.models.mlp import Mlp
 from lctrain.models.pattern import SYMBOLS, LayerSpec
+from lctrain.parallel.mask import Borders
+from lctrain.parallel.sequence import SequenceMeta
 
-TOKEN_MIXERS: dict[str, Callable[[ModelConfig], nn.Module]] = {
+
+class Mixer(Protocol):
+    """What a sublayer holds, besides being an nn.Module."""
+
+    def __call__(self, x: Tensor, seq: SequenceMeta) -> Tensor:
+        """x [B, T, d_model] -> same shape; T is this rank's share of the sequence that `seq` describes."""
+
+    def new_state(self) -> Any:
+        """Empty state for `decode`; None for a mixer without one."""
+
+    def decode(self, x: Tensor, state: Any) -> Tensor:
+        """The newest tokens x [B, S, d_model] of one document, given the state after the earlier ones, which it updates."""
+
+    def flops(self, documents: tuple[Borders, ...]) -> int:
+        """Multiply-adds x 2 of one forward pass over whole sequences with these documents."""
+
+
+TOKEN_MIXERS: dict[str, Callable[[ModelConfig], Mixer]] = {
     "*": lambda config: Attention(config, windowed=False),
     "W": lambda config: Attention(config, windowed=True),
 }
 """Mixers that move information between tokens."""
 
-CHANNEL_MIXERS: dict[str, Callable[[ModelConfig], nn.Module]] = {"-": Mlp}
+CHANNEL_MIXERS: dict[str, Callable[[ModelConfig], Mixer]] = {"-": Mlp}
 """Mixers that work on each token by itself."""
 
 assert set(SYMBOLS) == set(TOKEN_MIXERS) | set(CHANNEL_MIXERS)
 
 
-def build_mixer(spec: LayerSpec, config: ModelConfig) -> nn.Module:
+def build_mixer(spec: LayerSpec, config: ModelConfig) -> Mixer:
     """The mixer of one sublayer."""
     return {**TOKEN_MIXERS, **CHANNEL_MIXERS}[spec.symbol](config)
