@@ -30,11 +30,11 @@ KINDS = ("contiguous", "zigzag", "striped")
 
 
 class Segment(NamedTuple):
-    """An arithmetic run of global positions start, start+step, ... that lies at local indices [local, local+count)."""
+    """An arithmetic run of global positions start, start+step, ... that lies at local indices [local, local+tokens)."""
 
     start: int
     step: int
-    count: int
+    tokens: int
     local: int
 
 
@@ -117,7 +117,7 @@ class SequenceLayout:
 
     def indices(self, rank: int) -> Tensor:
         """Global position of every local token of `rank`: int64 [local_length]; positions >= length are padding."""
-        return torch.cat([torch.arange(s.start, s.start + s.step * s.count, s.step) for s in self.segments(rank)])
+        return torch.cat([torch.arange(s.start, s.start + s.step * s.tokens, s.step) for s in self.segments(rank)])
 
     def pad(self, x: Tensor, dim: int, value: float | int) -> Tensor:
         """Append `value` along `dim` up to padded_length."""

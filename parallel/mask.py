@@ -116,7 +116,7 @@ def _bands(
 def _within(segment: Segment, start: int, end: int) -> list[Segment]:
     """The part of a segment that lies in positions [start, end): none or one."""
     first = max(0, -(-(start - segment.start) // segment.step))
-    last = min(segment.count, -(-(end - segment.start) // segment.step))
+    last = min(segment.tokens, -(-(end - segment.start) // segment.step))
     if first >= last:
         return []
     return [Segment(segment.start + first * segment.step, segment.step, last - first, segment.local + first)]
@@ -133,4 +133,4 @@ def _between(mask: AttentionMask, q: Segment, k: Segment) -> Band | None:
         hi = -(-(apart + mask.window) // step) - 1 + local
     if mask.window is not None:
         lo = (apart - mask.window) // step + 1 + local
-    return Band(q.local, q.local + q.count, k.local, k.local + k.count, lo, hi).trim()
+    return Band(q.local, q.local + q.tokens, k.local, k.local + k.tokens, lo, hi).trim()

@@ -14,7 +14,7 @@ class LayerSpec(NamedTuple):
     """One residual sublayer: its symbol and its place in the model, counted from 0."""
 
     symbol: str
-    index: int
+    place: int
 
 
 def parse_pattern(pattern: str) -> tuple[LayerSpec, ...]:
@@ -24,7 +24,7 @@ def parse_pattern(pattern: str) -> tuple[LayerSpec, ...]:
         raise ValueError(f"pattern {pattern!r}: unexpected {pattern[end]!r} at character {end + 1}")
     if not symbols:
         raise ValueError("pattern is empty: give at least one sublayer, as in '(*-){4}'")
-    return tuple(LayerSpec(symbol, index) for index, symbol in enumerate(symbols))
+    return tuple(LayerSpec(symbol, place) for place, symbol in enumerate(symbols))
 
 
 def _items(pattern: str, at: int, depth: int) -> tuple[list[str], int]:

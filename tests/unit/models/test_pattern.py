@@ -26,7 +26,7 @@ from lctrain.models.pattern import SYMBOLS, parse_pattern
 def test_expansion(pattern: str, expanded: str) -> None:
     layers = parse_pattern(pattern)
     assert "".join(layer.symbol for layer in layers) == expanded
-    assert [layer.index for layer in layers] == list(range(len(expanded)))
+    assert [layer.place for layer in layers] == list(range(len(expanded)))
 
 
 @pytest.mark.parametrize(

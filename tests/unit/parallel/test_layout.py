@@ -40,8 +40,8 @@ def test_segments_spell_out_the_indices(layout: SequenceLayout) -> None:
         at = 0
         for segment in layout.segments(rank):
             assert segment.local == at
-            assert segment.count == layout.chunk_length
-            at += segment.count
+            assert segment.tokens == layout.chunk_length
+            at += segment.tokens
         assert at == layout.local_length
         assert len(layout.segments(rank)) == layout.chunks
 
