@@ -27,8 +27,8 @@ def cut(band: Band) -> list[Block]:
         return [Block(band, causal=False)]
     if band.lo is not None:
         return _masked(band)
-    assert band.hi is not None
     q0, q1, k0, k1, _, hi = band
+    assert hi is not None
     # Row q0 already sees the columns up to q0 + hi, and so does every later row.
     corner = q0 + hi
     side = min(q1 - q0, k1 - corner)
