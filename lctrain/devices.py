@@ -16,16 +16,16 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 _PUBLISHED_BF16 = {"H200": 989.5, "H100": 989.5, "A100": 312.0, "A10": 125.0, "L40S": 362.0, "B200": 2250.0}
 
 
-def choose_device(wanted: str, local_rank: int = 0) -> torch.device:
-    """The torch device for engine.device = auto | cpu | cuda."""
+def choose_device(wanted: str, local_rank: int = 0, local_size: int = 1) -> torch.device:
+    """The torch device for engine.device = auto | cpu | cuda; all `local_size` ranks of a machine get the same or UserError."""
     available = torch.cuda.is_available()
     if wanted == "cuda" and not available:
         raise UserError("engine.device=cuda, but torch sees no CUDA device here; use engine.device=cpu or auto")
     if wanted == "cpu" or not available:
         return torch.device("cpu")
-    if local_rank >= torch.cuda.device_count():
+    if local_size > torch.cuda.device_count():
         raise UserError(
-            f"launcher.processes asks for a device {local_rank}, but this machine has {torch.cuda.device_count()} CUDA devices;"
+            f"{local_size} processes on this machine need a CUDA device each, but it has {torch.cuda.device_count()}:"
             " use as many processes as devices, or engine.device=cpu"
         )
     return torch.device("cuda", local_rank)

@@ -25,7 +25,7 @@ from lctrain.whole_file import write_json, write_text
 class RunDir:
     """Layout of a run directory, and its lock.
 
-    Used as `with RunDir(path).prepare(config) as run:`; without `prepare` it only names paths and needs no folder.
+    Used as `with RunDir(path).prepare() as run:`; without `prepare` it only names paths and needs no folder.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -47,12 +47,11 @@ class RunDir:
         """Output and traces of one rank."""
         return self.log / f"rank{rank}.log"
 
-    def prepare(self, config: TrainConfig, patience_s: float = 60.0) -> RunDir:
-        """Create the folder, take its lock, and note config and environment; for the launcher, before it forks.
+    def prepare(self, patience_s: float = 60.0) -> RunDir:
+        """Create the folder, take its lock, and note the environment; for the launcher, before it forks.
 
-        A config that differs from the one already there replaces it; the earlier one stays as config.<n>.yaml and an event
-        lists what changed. UserError if the folder cannot be written or another run holds it. The ranks of a launcher that
-        was killed hold it while they save; that is waited for, up to `patience_s`.
+        UserError if the folder cannot be written or another run holds it. The ranks of a launcher that was killed hold it
+        while they save; that is waited for, up to `patience_s`.
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
@@ -60,7 +59,6 @@ class RunDir:
         except OSError as error:
             raise UserError(f"run_dir={self.path} cannot be used: {error.strerror}; choose another run_dir") from None
         try:
-            changes = self._write_config(config)
             environment = describe_environment()
             write_json(self.environment, environment)
             if diff := git_diff():
@@ -68,11 +66,23 @@ class RunDir:
             else:
                 self.diff.unlink(missing_ok=True)
             noted = {key: environment[key] for key in ("host", "pid", "command", "git_commit")}
-            append_event(self.events, "launch", **noted, **({"config_changes": changes} if changes else {}))
+            append_event(self.events, "launch", **noted)
         except OSError as error:
             self.release()
-            raise UserError(f"run_dir={self.path} cannot be written: {error.strerror}; choose another run_dir") from None
+            raise self._not_written(error) from None
         return self
+
+    def note_config(self, config: TrainConfig) -> None:
+        """Write config.yaml; for rank 0, once the config has been found to fit the run's checkpoints.
+
+        One that differs from the one already there replaces it; the earlier one stays as config.<n>.yaml and an event lists
+        what changed.
+        """
+        try:
+            if changes := self._write_config(config):
+                append_event(self.events, "config", changes=changes)
+        except OSError as error:
+            raise self._not_written(error) from None
 
     def release(self) -> None:
         """Give the lock up; forked ranks that still live keep it."""
@@ -109,6 +119,9 @@ class RunDir:
             os.close(fd)
             raise
         self._lock_fd = fd
+
+    def _not_written(self, error: OSError) -> UserError:
+        return UserError(f"run_dir={self.path} cannot be written: {error.strerror}; free some space or choose another run_dir")
 
     def _write_config(self, config: TrainConfig) -> list[str]:
         new = to_yaml(config)

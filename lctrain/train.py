@@ -37,15 +37,13 @@ def train(config: TrainConfig, process: Process) -> int:
     """
     with StopRequest() as stop:
         mesh = ProcessMesh(config.check_layout(process.world_size), config.parallel.cp, process.rank)
-        device = choose_device(config.engine.device, process.local_rank)
+        device = choose_device(config.engine.device, process.local_rank, process.local_size)
         engine = TorchEngine(config, mesh, mesh.sequence_group(), device)
-        run, warnings = RunDir(config.run_dir), list[str]()
-        store = CheckpointStore(run.checkpoints, config.checkpoint.keep_last, config.checkpoint.keep_every, say=warnings.append)
+        run = RunDir(config.run_dir)
+        store = CheckpointStore(run.checkpoints, config.checkpoint.keep_last, config.checkpoint.keep_every)
         start, checkpoint = resume(config, store, engine, mesh.rank)
         tracker = open_tracker(config, mesh.rank, start)
         store.say = tracker.message
-        for warning in warnings:
-            tracker.message(warning)
         status = 1
         try:
             _announce(config, mesh, engine, start, checkpoint, tracker)
@@ -201,6 +199,8 @@ def _shared_window(config: TrainConfig) -> int | None:
 
 def _announce(config: TrainConfig, mesh: ProcessMesh, engine: Engine, start: int, checkpoint: object, tracker: Tracker) -> None:
     parameters = sum(parameter.numel() for parameter in engine.model.parameters())
+    if mesh.rank == 0:  # not before: a config that the resume has refused would stand beside checkpoints that it does not fit
+        RunDir(config.run_dir).note_config(config)
     tracker.message(
         f"{config.model.name}: {parameters:,} parameters, pattern {config.model.pattern}, {config.engine.dtype};"
         f" {mesh.size} process{'es' if mesh.size > 1 else ''} = dp {mesh.dp} x cp {mesh.cp}"
@@ -219,4 +219,7 @@ def _announce(config: TrainConfig, mesh: ProcessMesh, engine: Engine, start: int
 def _plot(run: RunDir) -> None:
     from lctrain.tracking.plot import plot_loss
 
-    print(f"loss curve: {plot_loss(run)}", flush=True)
+    try:
+        print(f"loss curve: {plot_loss(run)}", flush=True)
+    except (UserError, OSError) as error:  # nothing to draw, or a full disk: the run itself is done and saved
+        print(f"no loss curve: {error}", flush=True)

@@ -31,22 +31,33 @@ def main(args: list[str]) -> int:
 
     process = Process.from_env()
     if process is None:
-        return _start_processes(load(TrainConfig, "train", args))
+        return _start_processes(args)
     try:
         return _join_processes(args, process)
     except UserError:
-        if process.rank == 0:  # every rank raises it; one line is enough
+        import torch.distributed as dist
+
+        # All ranks raise it, or before they have met all of one machine: one line is enough.
+        if (process.rank if dist.is_initialized() else process.local_rank) == 0:
             raise
         return 2
 
 
-def _start_processes(config: TrainConfig) -> int:
+def _start_processes(args: list[str]) -> int:
+    from lctrain.launch.signals import Stopped, stop_at_once
+
     # Forked children can use CUDA only if this process never has; asking NVML instead of CUDA keeps it so.
     os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
-    with _prepare(config):
-        from lctrain.launch.local import launch_local
+    try:
+        with stop_at_once():
+            config = load(TrainConfig, "train", args)
+            with _prepare(config):
+                from lctrain.launch.local import launch_local
 
-        return launch_local(_rank_main, config)
+                return launch_local(_rank_main, config)
+    except Stopped as stopped:
+        print(f"stopped by {stopped} before training began", file=sys.stderr)
+        return 0
 
 
 def _rank_main(config: TrainConfig, process: Process, rendezvous: str | None) -> int:
@@ -56,7 +67,7 @@ def _rank_main(config: TrainConfig, process: Process, rendezvous: str | None) ->
     from lctrain.launch.process import init_process_group
     from lctrain.train import train
 
-    device = choose_device(config.engine.device, process.local_rank)
+    device = choose_device(config.engine.device, process.local_rank, process.local_size)
     init_process_group(process, rendezvous, device.type, config.launcher.timeout_s)
     status = train(config, process)
     dist.destroy_process_group()
@@ -73,7 +84,7 @@ def _join_processes(args: list[str], process: Process) -> int:
     from lctrain.train import train
 
     config = load(TrainConfig, "train", [*args, f"launcher.processes={process.world_size}"])
-    device = choose_device(config.engine.device, process.local_rank)
+    device = choose_device(config.engine.device, process.local_rank, process.local_size)
     init_process_group(process, None, device.type, config.launcher.timeout_s)
     with ExitStack() as held:
         from_rank_0(lambda: held.enter_context(_prepare(config)) and None)
@@ -87,6 +98,8 @@ def _prepare(config: TrainConfig) -> RunDir:
     """What happens once per run, before any rank trains: the corpora exist and fit, the run directory is ours."""
     from lctrain.data.prepare import ensure_corpora
     from lctrain.run_dir import RunDir
+    from lctrain.tracking.wandb import check_wandb
 
+    check_wandb(config)
     ensure_corpora(config.data, config.model.vocab_size)
-    return RunDir(config.run_dir).prepare(config)
+    return RunDir(config.run_dir).prepare()

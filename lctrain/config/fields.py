@@ -146,10 +146,10 @@ def expectation(annotation: Any) -> str:
     elif get_origin(core) is tuple:
         inner = section_of(get_args(core)[0])
         text = "a list" + (f" of sections with {', '.join(inner.model_fields)}" if inner else "")
-        if any(isinstance(bound, annotated_types.MinLen) and bound.min_length for bound in bounds):
-            text += ", not empty"
     else:
         text = {int: "a whole number", float: "a finite number", str: "text", bool: "true or false"}.get(core, str(core))
+    if any(isinstance(bound, annotated_types.MinLen) and bound.min_length for bound in bounds):
+        text += ", not empty"
     limits = [limit for limit in map(_limit, bounds) if limit]
     return text + (f" {' and '.join(limits)}" if limits else "") + (", or null" if optional else "")
 

@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 Positive = Annotated[int, Field(gt=0)]
 NonNegative = Annotated[int, Field(ge=0)]
+NonEmpty = Annotated[str, Field(min_length=1)]
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
@@ -140,7 +141,7 @@ class ModelConfig(Strict):
 class CorpusConfig(Strict):
     """One prepared corpus: the files <prefix>.bin, <prefix>.idx and <prefix>.json."""
 
-    prefix: str
+    prefix: NonEmpty
     """Path without ending, as given to `lctrain data prepare output=`."""
     weight: PositiveFloat = 1.0
     """Share of the samples drawn from this corpus, relative to the other corpora's weights."""
@@ -302,7 +303,7 @@ class LauncherConfig(Strict):
     timeout_s: Positive = 600
     """Seconds after which a blocked collective counts as failed."""
     grace_s: Positive = 30
-    """Seconds the other processes get to end after one has died or a stop was asked for twice."""
+    """Seconds the other processes get to end after one has died. (A second stop signal ends them at once.)"""
 
 
 class WandbConfig(Strict):
@@ -334,9 +335,9 @@ class TrackingConfig(Strict):
 class TrainConfig(Strict):
     """All of `lctrain train`."""
 
-    run_dir: str
+    run_dir: NonEmpty
     """Folder of the run: config, metrics, checkpoints, plots, log."""
-    resume: str = "auto"
+    resume: NonEmpty = "auto"
     """auto: newest verified checkpoint of run_dir if there is one; never: refuse a run_dir that has one; or the path of a
     checkpoint folder to start from."""
     model: ModelConfig

@@ -15,7 +15,7 @@ from pathlib import Path
 from lctrain.config.schema import TrainConfig
 from lctrain.launch.process import Process
 from lctrain.launch.rank import Report, received, run_rank
-from lctrain.launch.signals import Alarm, StopRequest, alarm_on_signals
+from lctrain.launch.signals import Alarm, StopRequest, alarm_on_signals, signals_held
 from lctrain.run_dir import RunDir, command_line
 from lctrain.tracking.jsonl import append_event
 
@@ -39,8 +39,8 @@ class End:
 def launch_local(entry: Callable[[TrainConfig, Process, str], int], config: TrainConfig) -> int:
     """Run `entry(config, process, rendezvous)` in `config.launcher.processes` forked processes; returns the exit status.
 
-    0: all ranks returned 0. 2: a UserError. 1: a rank raised. 128 + n: a rank was killed by signal n. Otherwise what the first
-    rank to fail returned.
+    0: all ranks returned 0, or were stopped before they trained. 2: a UserError. 1: a rank raised. 128 + n: a rank was killed
+    by signal n. Otherwise what the first rank to fail returned.
 
     Call it from the main thread, before this process has started threads, used CUDA or run a parallel region of torch: forked
     children inherit none of these. A stop signal is passed on once and the ranks end in their own time; a second one kills.
@@ -72,11 +72,12 @@ class _Ranks:
         sys.stdout.flush()
         sys.stderr.flush()
         for rank in range(count):
-            pid = os.fork()
-            if pid == 0:
-                process = Process(rank, count, rank, count)
-                run_rank(entry, config, process, rendezvous, self._log(rank), threads, launcher, self._report_to)
-            self.alive[rank] = pid
+            with signals_held():
+                pid = os.fork()
+                if pid == 0:
+                    process = Process(rank, count, rank, count)
+                    run_rank(entry, config, process, rendezvous, self._log(rank), threads, launcher, self._report_to)
+                self.alive[rank] = pid
 
     def supervise(self, stop: StopRequest, alarm: Alarm, grace_s: float) -> int:
         """Wait for all ranks; every wait in here has an end, except for healthy ranks that nobody asked twice to stop."""
@@ -167,8 +168,9 @@ class _Ranks:
         elif end.status < 0:
             killer = signal.Signals(-end.status).name
             line, status = f"{name} was killed by {killer}{others}{again}", 128 - end.status
-            if killer == requested:
-                line = f"stopped by {killer} before all ranks had started training"
+            if killer == requested:  # only a rank that does not train yet dies of it: there is nothing to save
+                _say(f"stopped by {killer} before training began")
+                return 0
         else:
             line, status = f"{name} ended with status {end.status}{others}" + (f"; see {log}" if log else ""), end.status
         _say(line)

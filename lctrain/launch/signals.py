@@ -55,12 +55,52 @@ class StopRequest:
         self._previous.clear()
 
 
+class Stopped(BaseException):
+    """A stop signal came where there is nothing to save; its text is the signal's name."""
+
+
+@contextlib.contextmanager
+def stop_at_once() -> Iterator[None]:
+    """Until the ranks run: a stop signal raises Stopped in the main thread, so that what is half-made is cleaned up.
+
+    Only the first does; a terminal or a scheduler that repeats itself must not interrupt the cleaning up.
+    """
+    stopped = False
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        nonlocal stopped
+        if not stopped:
+            stopped = True
+            raise Stopped(signal.Signals(number).name)
+
+    previous = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+    for number, handler in previous.items():
+        if handler is not signal.SIG_IGN:
+            signal.signal(number, handle)
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler if handler is not None else signal.SIG_DFL)
+
+
+@contextlib.contextmanager
+def signals_held() -> Iterator[None]:
+    """Stop signals wait until the end of the block: around a fork, whose child would else lose them to its parent's handler."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def default_signals() -> None:
     """Undo in a forked child what its parent does on signals: a stop signal now ends it, also inside a blocked C call."""
     signal.set_wakeup_fd(-1)
     for number in (*STOP_SIGNALS, signal.SIGCHLD):
         if signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
 
 
 class Alarm:

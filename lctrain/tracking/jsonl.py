@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
 import math
 import os
@@ -10,31 +12,46 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from lctrain.errors import UserError
+
 
 class MetricsLog:
     """metrics.jsonl, with exactly one line per finished step whatever happened to the run.
 
     Lines of steps after `start_step` are dropped at the start: they belong to work that a crash has lost and that is now done
-    again. So is a line that was torn when its writer was killed.
+    again. So is a line that was torn when its writer was killed. UserError if the file cannot be written.
     """
 
     def __init__(self, path: Path, start_step: int) -> None:
-        if path.exists():
-            kept = path.with_name(path.name + ".tmp")
-            with open(kept, "w") as file:
-                file.writelines(_line(record) for record in read_lines(path) if record.get("step", 0) <= start_step)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(kept, path)
-        self._file = open(path, "a")  # noqa: SIM115 (open for the life of the run)
+        self._path = path
+        with self._explained():
+            if path.exists():
+                kept = path.with_name(path.name + ".tmp")
+                with open(kept, "w") as file:
+                    file.writelines(_line(record) for record in read_lines(path) if record.get("step", 0) <= start_step)
+                    file.flush()
+                    os.fsync(file.fileno())
+                os.replace(kept, path)
+            self._file = open(path, "ab", buffering=0)  # noqa: SIM115 (open for the life of the run)
 
     def step(self, record: dict[str, Any]) -> None:
         """Write one step; `record["step"]` counts finished steps, from 1 on. Numbers that are not finite become null."""
-        self._file.write(_line(record))
-        self._file.flush()
+        line = _line(record).encode()
+        with self._explained():
+            if self._file.write(line) != len(line):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     def close(self) -> None:
         self._file.close()
+
+    @contextlib.contextmanager
+    def _explained(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise UserError(
+                f"{self._path} cannot be written: {error.strerror}; free some space, then give the same command again"
+            ) from error
 
 
 def append_event(path: Path, kind: str, **fields: Any) -> None:

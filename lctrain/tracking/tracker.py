@@ -14,7 +14,8 @@ from lctrain.tracking.jsonl import MetricsLog, append_event
 class Tracker:
     """Hands every step's record to metrics.jsonl, the terminal and wandb, and every event to events.jsonl.
 
-    Trackers observe: except for a full disk under metrics.jsonl, nothing that goes wrong here reaches the training loop.
+    Trackers observe: except for a full disk under metrics.jsonl (a UserError), nothing that goes wrong here reaches the
+    training loop.
     """
 
     def __init__(self, run: RunDir, config: TrainConfig, start_step: int) -> None:
@@ -41,7 +42,10 @@ class Tracker:
 
     def event(self, kind: str, **fields: Any) -> None:
         """Note in events.jsonl that something happened: start, resume, checkpoint, skip, stop, end."""
-        append_event(self._run.events, kind, **fields)
+        try:
+            append_event(self._run.events, kind, **fields)
+        except OSError as error:
+            self.message(f"warning: {self._run.events} cannot be written: {error.strerror}")
 
     def message(self, text: str) -> None:
         """A line for the person at the terminal."""

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 from lctrain.errors import UserError
-from lctrain.launch import local, signals
+from lctrain.launch import local, rank, signals
 from lctrain.launch.local import launch_local
 from lctrain.launch.process import init_process_group
 from lctrain.launch.signals import StopRequest
@@ -234,7 +234,7 @@ def test_second_stop_kills(make_config, pids, in_background, exit_status, monkey
     assert pids.alive() == []
 
 
-def test_stop_before_training_ends_at_once(make_config, pids, in_background, exit_status):
+def test_stop_before_training_ends_at_once(make_config, pids, in_background, exit_status, capfd):
     def entry(config, process, rendezvous):
         pids.sign_in()
         time.sleep(60)
@@ -242,7 +242,24 @@ def test_stop_before_training_ends_at_once(make_config, pids, in_background, exi
     launcher = in_background(lambda: launch_local(entry, make_config(2)))
     pids.wait_for(2)
     os.kill(launcher, signal.SIGTERM)
-    assert exit_status(launcher) == 128 + signal.SIGTERM
+    assert exit_status(launcher) == 0
+    assert capfd.readouterr().err.splitlines()[-1] == "stopped by SIGTERM before training began"
+    assert pids.alive() == []
+
+
+def test_stop_signal_right_after_the_fork_is_not_lost(make_config, pids, in_background, exit_status, monkeypatch):
+    default = rank.default_signals
+
+    def slowly():  # as on a busy machine: until this is done, the child has its parent's handlers
+        pids.sign_in()
+        time.sleep(0.5)
+        default()
+
+    monkeypatch.setattr(rank, "default_signals", slowly)
+    launcher = in_background(lambda: launch_local(lambda config, process, rendezvous: time.sleep(60), make_config(2)))
+    pids.wait_for(2)
+    os.kill(launcher, signal.SIGTERM)
+    assert exit_status(launcher) == 0
     assert pids.alive() == []
 
 

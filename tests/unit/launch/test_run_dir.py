@@ -19,26 +19,29 @@ from lctrain.tracking.jsonl import read_events
 
 def test_start_is_noted(make_config):
     config = make_config()
-    with RunDir(config.run_dir).prepare(config) as run:
-        assert yaml.safe_load(run.config.read_text())["launcher"]["processes"] == 2
+    with RunDir(config.run_dir).prepare() as run:
+        assert not run.config.exists()  # it may not fit the run's checkpoints
         noted = json.loads(run.environment.read_text())
         assert noted["packages"]["torch"].startswith("2.")
         assert noted["pid"] == os.getpid()
         (event,) = read_events(run.events)
         assert event["kind"] == "launch"
-        assert "config_changes" not in event
+        run.note_config(config)
+        assert yaml.safe_load(run.config.read_text())["launcher"]["processes"] == 2
+        assert len(read_events(run.events)) == 1
 
 
 def test_changed_config_is_kept_and_named(make_config):
     first, second = make_config(), make_config(optim=OptimConfig(lr=0.5))
     run = RunDir(first.run_dir)
     for config in (first, first, second, first):
-        run.prepare(config).release()
+        run.note_config(config)
     assert yaml.safe_load((run.path / "config.1.yaml").read_text())["optim"]["lr"] == 0.001
     assert yaml.safe_load((run.path / "config.2.yaml").read_text())["optim"]["lr"] == 0.5
     assert not (run.path / "config.3.yaml").exists()
-    changes = [event.get("config_changes") for event in read_events(run.events)]
-    assert changes == [None, None, ["optim.lr: 0.001 -> 0.5"], ["optim.lr: 0.5 -> 0.001"]]
+    events = read_events(run.events)
+    assert [event["kind"] for event in events] == ["config", "config"]
+    assert [event["changes"] for event in events] == [["optim.lr: 0.001 -> 0.5"], ["optim.lr: 0.5 -> 0.001"]]
 
 
 def test_config_changes():
@@ -48,18 +51,18 @@ def test_config_changes():
 
 def test_second_run_is_refused_with_the_pid(make_config):
     config = make_config()
-    with RunDir(config.run_dir).prepare(config):
+    with RunDir(config.run_dir).prepare():
         with pytest.raises(UserError, match=f"in use by pid {os.getpid()}"):
-            RunDir(config.run_dir).prepare(config)
+            RunDir(config.run_dir).prepare()
         assert len(read_events(RunDir(config.run_dir).events)) == 1
-    RunDir(config.run_dir).prepare(config).release()
+    RunDir(config.run_dir).prepare().release()
 
 
 def test_ranks_of_a_killed_launcher_are_waited_for(make_config, tmp_path, capfd):
     config = make_config()
     launcher = os.fork()
     if launcher == 0:
-        RunDir(config.run_dir).prepare(config)
+        RunDir(config.run_dir).prepare()
         if os.fork() == 0:  # a rank that still saves
             (tmp_path / "ready").touch()
             time.sleep(1)
@@ -71,8 +74,8 @@ def test_ranks_of_a_killed_launcher_are_waited_for(make_config, tmp_path, capfd)
     os.waitpid(launcher, 0)
     begin = time.monotonic()
     with pytest.raises(UserError, match=f"in use by pid {launcher}"):
-        RunDir(config.run_dir).prepare(config, patience_s=0.1)
-    RunDir(config.run_dir).prepare(config, patience_s=10).release()
+        RunDir(config.run_dir).prepare(patience_s=0.1)
+    RunDir(config.run_dir).prepare(patience_s=10).release()
     assert 0.3 < time.monotonic() - begin < 8
     assert "waiting for its ranks to end" in capfd.readouterr().err
 
@@ -81,7 +84,7 @@ def test_unusable_folder_is_one_line(make_config, tmp_path):
     (tmp_path / "file").write_text("")
     config = make_config().model_copy(update={"run_dir": str(tmp_path / "file" / "run")})
     with pytest.raises(UserError, match=r"run_dir=.*cannot be used: Not a directory"):
-        RunDir(config.run_dir).prepare(config)
+        RunDir(config.run_dir).prepare()
 
 
 def test_lock_is_given_up_when_preparing_fails(make_config, monkeypatch):
@@ -93,8 +96,8 @@ def test_lock_is_given_up_when_preparing_fails(make_config, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr("lctrain.run_dir.write_json", full)
         with pytest.raises(UserError, match="No space left"):
-            RunDir(config.run_dir).prepare(config)
-    RunDir(config.run_dir).prepare(config).release()
+            RunDir(config.run_dir).prepare()
+    RunDir(config.run_dir).prepare().release()
 
 
 def test_environment_of_a_dirty_clone(tmp_path, monkeypatch):
