@@ -17,9 +17,9 @@ def live_pairs(segments: Sequence[Segment], mask: AttentionMask) -> np.ndarray:
     segments: disjoint runs of neighbouring positions; or, if they have a step, runs of which each takes all positions of the
         sequence that lie a multiple of the step apart. Equal to `bool(mask.bands(...))` for every pair.
     """
-    starts, counts = (np.array([getattr(segment, name) for segment in segments]) for name in ("start", "count"))
-    step = segments[0].step
-    live = _neighbouring(starts, starts + counts, mask) if step == 1 else _strided(starts, step, mask)
+    starts, step = np.array([segment.start for segment in segments]), segments[0].step
+    ends = starts + np.array([segment.tokens for segment in segments])
+    live = _neighbouring(starts, ends, mask) if step == 1 else _strided(starts, step, mask)
     return live if mask.causal else live | live.T
 
 

@@ -56,7 +56,7 @@ def whole_rows(load, kind, cp, dp, micro_batch, field, **options):
     return rows
 
 
-@pytest.mark.parametrize("kind", ["contiguous", "zigzag", "striped"])
+@pytest.mark.parametrize("kind", ["contiguous", "zigzag", "striped", "balanced"])
 @pytest.mark.parametrize("field", ["tokens", "labels", "positions"])
 def test_rows_do_not_depend_on_the_layout_of_ranks(load, kind, field):
     expected = whole_rows(load, kind, 1, 1, 1, field)

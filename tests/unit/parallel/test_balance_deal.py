@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lctrain.bench.mixes import MIXES, mixed_borders
@@ -15,6 +15,7 @@ from lctrain.parallel.balance import imbalance
 from lctrain.parallel.deal import EVEN_ENOUGH, SMALLEST_BLOCK, balanced_layout, make_layout
 from lctrain.parallel.group import SequenceGroup
 from lctrain.parallel.layout import KINDS, SequenceLayout
+from lctrain.parallel.live import live_pairs
 from lctrain.parallel.mask import AttentionMask
 from lctrain.parallel.strategy import NAMES
 
@@ -43,23 +44,46 @@ def test_even_over_the_sum_of_rows_and_under_a_window(world_size: int) -> None:
 
 def test_no_more_blocks_than_needed() -> None:
     assert balanced_layout(4, 4096, [(0, 1024, 2048, 3072, 4096)]) == SequenceLayout("balanced", 4, 4096, (0, 1, 2, 3))
+    assert balanced_layout(4, 32_768, [(0, 8100, 16_300, 24_700, 32_768)]).chunks == 1, "2 % off is even enough"
     one_document = balanced_layout(4, 4096, [(0, 4096)])
     assert one_document.owners == (0, 1, 2, 3, 3, 2, 1, 0), "the zigzag layout"
     assert balanced_layout(4, 1000, [(0, 3, 1000)]).chunks == 2, "sixteen blocks would be shorter than the shortest"
     assert balanced_layout(4, 1000, [(0, 300, 1000)], smallest_block=1).chunks > 2
 
 
-def test_documents_stay_on_few_ranks_where_that_is_free() -> None:
-    layout = balanced_layout(8, 8 * 1024, [(0, 2048, 4096, 6144, 8192)])
-    assert imbalance(layout, AttentionMask.dense(8192)) > 1.2  # for another mask it would be another deal
-    for document in range(4):
-        at = slice(document * 2 * layout.chunks, (document + 1) * 2 * layout.chunks)
-        assert len(set(layout.owners[at])) == 2, "two of eight ranks for each of four equal documents"
+def test_evener_than_needed_by_exchanges() -> None:
+    uneven = []
+    for mix, world_size, seed in itertools.product(list(MIXES)[:4], (4, 8, 16), range(4)):
+        mask = AttentionMask((mixed_borders(mix, 131_071, seed),))
+        uneven.append(imbalance(balanced_layout(world_size, 131_071, mask.documents), mask))
+    assert sum(uneven) / len(uneven) < 1.015
+
+
+def test_documents_stay_on_few_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    four_equal = balanced_layout(8, 8192, [(0, 2048, 4096, 6144, 8192)]).owners
+    assert four_equal is not None
+    quarter = len(four_equal) // 4
+    assert [len(set(four_equal[at : at + quarter])) for at in range(0, len(four_equal), quarter)] == [2, 2, 2, 2]
+
+    def received() -> int:
+        total = 0
+        for seed in range(4):
+            mask = AttentionMask((mixed_borders("uniform", 131_072, seed),))
+            layout = balanced_layout(16, 131_072, mask.documents)
+            segments = [segment for rank in range(16) for segment in layout.segments(rank)]
+            needed = live_pairs(segments, mask).reshape(16, layout.chunks, -1).any(axis=1)
+            total += int(needed.sum()) * layout.chunk_length
+        return total
+
+    kept = received()
+    monkeypatch.setattr("lctrain.parallel.deal._SLACK", -1.0)  # nobody is ever preferred for the keys that it has
+    assert kept < 0.9 * received()
 
 
 borders = st.lists(st.integers(1, 200), max_size=12).map(lambda lengths: (0, *itertools.accumulate(lengths)))
 
 
+@settings(deadline=None)
 @given(st.integers(1, 9), st.lists(borders, min_size=1, max_size=3), st.integers(0, 7), st.none() | st.integers(1, 99))
 def test_a_layout_like_any_other(world_size: int, rows: list[tuple[int, ...]], padding: int, window: int | None) -> None:
     length = max(1, max(row[-1] for row in rows) + padding)
@@ -69,6 +93,7 @@ def test_a_layout_like_any_other(world_size: int, rows: list[tuple[int, ...]], p
     indices = torch.stack([layout.indices(rank) for rank in range(world_size)])
     assert torch.equal(indices.flatten().sort().values, torch.arange(layout.padded_length))
     assert (indices.diff(dim=1) > 0).all(), "rising positions"
+    assert (indices[:, 0].diff() > 0).all(), "ranks are numbered by their first block"
     assert layout.padded_length - length < world_size * layout.chunks
     x = torch.randn(2, length)
     shards = [layout.shard(x, rank, dim=1, pad=-1) for rank in range(world_size)]
@@ -116,9 +141,10 @@ def _attend(rank: int, world_size: int, layout: SequenceLayout, whole: list[torc
     return [out.detach(), *torch.autograd.grad(out, shards, dout)]
 
 
-@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
-@pytest.mark.parametrize("shuffled", [False, True])
-@pytest.mark.parametrize("strategy", NAMES)
+@pytest.mark.parametrize(
+    ("world_size", "shuffled", "strategy"),
+    [*((world_size, False, "ring") for world_size in (1, 2, 3, 4)), *((3, True, name) for name in NAMES)],
+)
 def test_attention_equals_the_unsharded_one(world_size: int, shuffled: bool, strategy: str) -> None:
     generator = torch.Generator().manual_seed(0)
     shapes = ((2, LENGTH, heads, 8) for heads in (4, 2, 2, 4))
