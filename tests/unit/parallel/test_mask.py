@@ -31,7 +31,7 @@ def padded(mask: AttentionMask, layout: SequenceLayout) -> torch.Tensor:
     return live
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(cases(), st.data())
 @example((SequenceLayout("zigzag", 1, 1), AttentionMask(((0, 1),))), None)
 @example((SequenceLayout("striped", 4, 7), AttentionMask(((0, 2, 7), (0, 7)), True, 3)), None)
@@ -56,14 +56,12 @@ def test_bands_are_the_mask(case, data) -> None:
 
 
 @given(cases())
-@settings(deadline=None)
 def test_total_entries(case) -> None:
     layout, mask = case
     assert mask.total_entries(layout.length) == int(mask.live(layout.length).sum())
 
 
 @given(cases())
-@settings(deadline=None)
 def test_live_entry_by_entry(case) -> None:
     layout, mask = case
     live = mask.live(layout.length)
