@@ -19,7 +19,6 @@ _IGNORED = {
 }
 _REMEDIES = {
     "softcap": "set attn_logit_softcapping=None in the model's config, or train it unsharded",
-    "s_aux": "learned attention sinks are not passed on by this adapter yet",
     "output_attentions": "attention weights of a split sequence are never in one place; leave output_attentions off",
     "position_bias": "use a model with rotary or absolute positions",
     "cu_seq_lens_q": "give shard_batch the borders of the whole sequence as cu_seqlens",
@@ -40,6 +39,8 @@ def attention(
     scaling: float | None = None,
     dropout: float = 0.0,
     is_causal: bool | None = None,
+    sliding_window: int | None = None,
+    s_aux: Tensor | None = None,
     sequence: SequenceMeta | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
@@ -47,6 +48,8 @@ def attention(
 
     Args:
         query: [B, H, T, D]; key: [B, Hkv, T, D]; value: [B, Hkv, T, Dv] with Dv <= D; T tokens of this rank.
+        sliding_window: tokens that a token sees, itself included; None: all before it.
+        s_aux: [H], learned attention sinks (GPT-OSS).
         sequence: from shard_batch, through the model's keyword arguments.
 
     Returns:
@@ -57,7 +60,7 @@ def attention(
             f"{type(module).__name__} got no sharded sequence: call model(**shard_batch(...)) (if you did, this model does not"
             " hand its keyword arguments down and cannot be split); to run it unsharded, model.set_attn_implementation('sdpa')"
         )
-    _check(module, query, key, attention_mask, dropout, is_causal, kwargs)
+    _check(module, query, key, attention_mask, dropout, is_causal, sliding_window, kwargs)
     padding = query.shape[-1] - value.shape[-1]
     if padding < 0:
         raise refuse(f"value heads of {value.shape[-1]} with query heads of {query.shape[-1]}", "they may only be smaller")
@@ -66,10 +69,12 @@ def attention(
     out, _ = sequence_parallel_attention(
         *(x.transpose(1, 2) for x in (query, key, value)),
         layout=sequence.layout,
-        mask=sequence.mask(kwargs.get("sliding_window")),
+        mask=sequence.mask(sliding_window),
         group=sequence.group,
         strategy=sequence.strategy,
         scale=scaling,
+        sinks=s_aux,
+        need_lse=False,
     )
     return (out[..., :-padding] if padding else out), None
 
@@ -98,20 +103,28 @@ def _building_blocks(function: Callable[..., Any]) -> Iterator[str]:
 
 
 def _check(
-    module: nn.Module, query: Tensor, key: Tensor, mask: Tensor | None, dropout: float, causal: bool | None, kwargs: dict
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    mask: Tensor | None,
+    dropout: float,
+    is_causal: bool | None,
+    window: int | None,
+    kwargs: dict[str, Any],
 ) -> None:
+    name = type(module).__name__
     if mask is not None:
         raise refuse("attention masks given as a tensor", "describe documents to shard_batch and leave attention_mask out")
     if dropout:
         raise refuse(f"attention dropout {dropout:g}", "set attention_dropout=0 in the model's config")
-    if not (getattr(module, "is_causal", True) if causal is None else causal):
-        raise refuse(f"bidirectional or cross attention ({type(module).__name__})", "only causal self-attention")
+    if not (getattr(module, "is_causal", True) if is_causal is None else is_causal):
+        raise refuse(f"bidirectional or cross attention ({name})", "only causal self-attention")
     if key.shape[2] != query.shape[2]:
         raise refuse("key-value caches", "train with use_cache=False, as shard_batch says")
-    config = getattr(module, "config", None)
-    if "sliding_window" not in kwargs and getattr(config, "sliding_window", None):
-        raise refuse(f"the window of {type(module).__name__}", "it keeps its sliding_window from the attention interface")
-    for name, value in kwargs.items():
-        given = value is not None and value is not False
-        if given and name not in _IGNORED and name != "sliding_window":
-            raise refuse(f"the argument {name!r} of {type(module).__name__}", _REMEDIES.get(name, "leave it out"))
+    for argument, value in kwargs.items():
+        if value is not None and value is not False and argument not in _IGNORED:
+            raise refuse(f"the argument {argument!r} of {name}", _REMEDIES.get(argument, "leave it out"))
+    types, layer = getattr(module.config, "layer_types", None), getattr(module, "layer_idx", None)
+    sliding = layer is None or types is None or types[layer] == "sliding_attention"
+    if window is None and sliding and getattr(module.config, "sliding_window", None):
+        raise refuse(f"the window of {name}", "the model does not tell the attention interface about it")

@@ -11,10 +11,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from lctrain.parallel.deal import make_layout
 from lctrain.parallel.group import SequenceGroup
-from lctrain.parallel.layout import IGNORE, SequenceLayout, count_targets, document_positions, shift_labels
+from lctrain.parallel.layout import IGNORE, count_targets, document_positions, shift_labels
 from lctrain.parallel.mask import Borders
 from lctrain.parallel.sequence import SequenceMeta
+from lctrain.parallel.strategy import Strategy
 
 
 def shard_batch(
@@ -26,7 +28,7 @@ def shard_batch(
     position_ids: Tensor | None = None,
     cu_seqlens: Sequence[int] | Tensor | None = None,
     layout: str = "zigzag",
-    strategy: str = "ring",
+    strategy: str | Strategy = "ring",
 ) -> dict[str, Any]:
     """This rank's share of a batch, for `model(**shard_batch(...))`.
 
@@ -39,8 +41,9 @@ def shard_batch(
         documents: per row, borders 0 = c0 < c1 < ... <= S; what lies beyond the last one is padding.
         position_ids: int64 [B, S]; a new document begins wherever it does not go up by one.
         cu_seqlens: borders of the one row of the batch, in FlashAttention's form.
-        layout: "zigzag" (equal causal work for all ranks), "contiguous" or "striped".
-        strategy: how attention moves tensors; see lctrain.parallel.strategies.
+        layout: "zigzag" (equal causal work for all ranks), "balanced" (equal work for packed documents too), "contiguous" or
+            "striped".
+        strategy: how attention moves tensors: "ring", "ulysses", ... or a Strategy with its degrees.
 
     Returns:
         input_ids, position_ids [B, S / ranks]; use_cache; sequence, for the attention function; with labels also
@@ -58,7 +61,7 @@ def shard_batch(
             raise ValueError(f"{name} {tuple(tensor.shape)} must have the shape of input_ids {tuple(input_ids.shape)}")
     borders = _borders(input_ids, documents, position_ids, cu_seqlens)
     _check_same(group, input_ids, labels, borders)
-    split = SequenceLayout(layout, group.size, input_ids.shape[1])
+    split = make_layout(layout, group.size, input_ids.shape[1], borders)
     positions = document_positions(borders, split.length).to(input_ids.device) if position_ids is None else position_ids
     positions = split.shard(positions, group.rank, 1)
     batch: dict[str, Any] = {
