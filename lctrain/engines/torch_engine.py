@@ -122,23 +122,26 @@ class TorchEngine:
         self.optimizer.step()
 
     def _describe_problem(self, batch: StepBatch, losses: list[Tensor], loss: float, grad_norm: float) -> str:
-        """Name the ranks, samples and documents whose loss is not finite. Collective: all ranks see the same problem."""
+        """Name the ranks, samples and documents whose loss is not finite, or all if only the gradient is not, which is a sum.
+
+        Collective: all ranks see the same problem.
+        """
         mine = [
-            f"rank {self.mesh.rank}, sample {sample}, {_name(spans)}"
+            (math.isfinite(float(value)), f"rank {self.mesh.rank}, sample {sample}, {_name(spans)}")
             for micro, value in zip(batch.micro_batches, losses, strict=True)
-            if not math.isfinite(float(value))
             for sample, spans in zip(micro.samples, micro.spans, strict=True)
         ]
-        everyone: list[list[str]] = [mine]
+        everyone: list[list[tuple[bool, str]]] = [mine]
         if self.mesh.size > 1:
             everyone = [[] for _ in range(self.mesh.size)]
             dist.all_gather_object(everyone, mine)
-        places = [place for places in everyone for place in places]
+        all_finite = all(finite for places in everyone for finite, _ in places)
+        places = [place for places in everyone for finite, place in places if all_finite or not finite]
+        named = "; ".join(places[:4]) + (f" and {len(places) - 4} more" if len(places) > 4 else "")
         what = f"loss {loss:g}, gradient norm {grad_norm:g}"
-        if not places:
-            return f"{what}: every loss is finite, the gradient overflowed"
-        more = f" and {len(places) - 4} more" if len(places) > 4 else ""
-        return f"{what}: first not finite on {'; '.join(places[:4])}{more}"
+        if all_finite:
+            return f"{what} over {named}: every loss is finite, the gradient overflowed"
+        return f"{what}: first not finite on {named}"
 
 
 def attention_strategy(config: ParallelConfig) -> Strategy:
