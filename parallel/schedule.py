@@ -21,8 +21,7 @@ import dataclasses
 from collections import Counter
 from typing import Literal, NamedTuple
 
-import numpy as np
-
+from lctrain.parallel.live import live_pairs
 from lctrain.parallel.mask import AttentionMask
 from lctrain.parallel.placement import Placement
 
@@ -105,10 +104,9 @@ class TileMap:
 
     def __init__(self, placement: Placement, mask: AttentionMask) -> None:
         self.world_size, self.chunks = placement.world_size, placement.chunks
-        every = [(rank, part) for rank in range(self.world_size) for part in range(self.chunks)]
-        pairs = [[bool(mask.bands(placement, (q, (a,)), (k, (b,)))) for k, b in every] for q, a in every]
-        self._live = np.array(pairs, dtype=bool)
-        self._key = (self.world_size, self.chunks, self._live.tobytes())
+        live = live_pairs([segment for rank in range(self.world_size) for segment in placement.segments(rank)], mask)
+        self._key = (self.world_size, self.chunks, live.tobytes())
+        self._live: list[list[bool]] = live.tolist()  # read one by one, for which lists are faster than arrays
 
     def __hash__(self) -> int:
         return hash(self._key)
@@ -122,12 +120,13 @@ class TileMap:
 
     def tiles(self, queries: tuple[Chunk, ...], keys: tuple[Chunk, ...], heads: int = 0) -> tuple[Tile, ...]:
         """Live tiles of some queries against some keys."""
-        return tuple(Tile(q, k, heads) for q in queries for k in keys if self._live[self._at(q), self._at(k)])
+        columns = [(k, self._at(k)) for k in keys]
+        return tuple(Tile(q, k, heads) for q in queries for k, at in columns if self._live[self._at(q)][at])
 
     def every_tile(self, slices: int) -> list[Tile]:
         """Every live tile, for every slice of the heads."""
         chunks = tuple(chunk for rank in range(self.world_size) for chunk in self.chunks_of(rank))
-        return [tile._replace(heads=heads) for tile in self.tiles(chunks, chunks) for heads in range(slices)]
+        return [tile for heads in range(slices) for tile in self.tiles(chunks, chunks, heads)]
 
     def _at(self, chunk: Chunk) -> int:
         return chunk.owner * self.chunks + chunk.part
