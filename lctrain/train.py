@@ -94,7 +94,6 @@ def _loop(
             result = engine.train_step(batch, sums["targets"], lr)
             step = batch.step + 1
             step_s = time.perf_counter() - began
-            began = time.perf_counter()
             record: dict[str, Any] = {
                 "step": step,
                 "loss": result.loss,
@@ -123,6 +122,7 @@ def _loop(
             tracker.step(record)
             if config.checkpoint.every and step % config.checkpoint.every == 0:
                 save(step)
+            began = time.perf_counter()  # evaluation and checkpoint do not count as the next step's time
         done = batch.step if sums["stop"] else trainer.steps
     if saved != done:
         save(done)
