@@ -8,23 +8,16 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
-Positive = Annotated[int, Field(gt=0)]
-NonNegative = Annotated[int, Field(ge=0)]
+from lctrain.config.cluster import ClusterConfig
+from lctrain.config.strict import Fraction, NonNegative, NonNegativeFloat, Positive, PositiveFloat, Strict
+
 NonEmpty = Annotated[str, Field(min_length=1)]
-PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-Fraction = Annotated[float, Field(ge=0, le=1)]
 LayoutKind = Literal["contiguous", "zigzag", "striped", "balanced"]
 Ring = Literal["ring", "bidirectional_ring", "double_ring", "token_ring", "all_gather"]
 Strategy = Literal["ring", "bidirectional_ring", "double_ring", "token_ring", "all_gather", "ulysses", "usp"]
-
-
-class Strict(BaseModel):
-    """Base of all settings: immutable, no unknown keys, no silent type conversion, docstrings as field docs."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True, protected_namespaces=())
+StrategyOrAuto = Literal["ring", "bidirectional_ring", "double_ring", "token_ring", "all_gather", "ulysses", "usp", "auto"]
 
 
 class RopeConfig(Strict):
@@ -180,10 +173,11 @@ class ParallelConfig(Strict):
     layout: LayoutKind = "zigzag"
     """Which tokens each context-parallel rank owns. zigzag evens out the work of one long document; balanced deals blocks anew
     for the packed documents of every micro-batch; striped is even for any, but every rank then needs all keys."""
-    attention: Strategy = "ring"
+    attention: StrategyOrAuto = "ring"
     """How attention works over the ranks of a sequence. ring, bidirectional_ring, double_ring: keys and values go round;
     token_ring: queries do; all_gather: keys and values are gathered at once; ulysses: heads for sequence; usp: ulysses in
-    groups and a ring between them."""
+    groups and a ring between them; auto: for each kind of attention layer what the simulator finds fastest on `cluster`,
+    degrees included."""
     ulysses: Positive | None = None
     """usp: ranks per group that exchange heads for sequence, a divisor of cp; null: the largest below cp that divides the KV
     heads."""
@@ -193,6 +187,17 @@ class ParallelConfig(Strict):
     """usp: inner puts neighbouring ranks (one node) into a group, outer ranks that lie far apart."""
     node_size: Positive | None = None
     """double_ring: ranks per inner ring, a divisor of cp; null: the largest up to the square root of cp."""
+
+    @model_validator(mode="after")
+    def _check(self) -> ParallelConfig:
+        if self.attention == "auto":
+            for name in ("ulysses", "node_size"):
+                if getattr(self, name) is not None:
+                    raise ValueError(
+                        f"parallel.attention=auto chooses its own degrees: drop parallel.{name}={getattr(self, name)}, or name a"
+                        " strategy"
+                    )
+        return self
 
 
 class EngineConfig(Strict):
@@ -346,6 +351,8 @@ class TrainConfig(Strict):
     """The text."""
     parallel: ParallelConfig = ParallelConfig()
     """How the work is cut over processes."""
+    cluster: ClusterConfig | None = None
+    """What parallel.attention=auto assumes about devices and links; null: the preset for the device that the run computes on."""
     engine: EngineConfig = EngineConfig()
     """Who owns gradients and the optimizer step."""
     optim: OptimConfig = OptimConfig()

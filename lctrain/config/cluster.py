@@ -1,0 +1,108 @@
+"""What a cluster can do, as far as the simulator needs to know: the group `cluster=`."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from lctrain.config.strict import NonNegativeFloat, Positive, PositiveFloat, Strict
+
+if TYPE_CHECKING:
+    from lctrain.parallel.device import Rates
+    from lctrain.parallel.simulator import Cluster
+    from lctrain.parallel.topology import Link
+
+Sizes = Annotated[tuple[Positive, ...], Field(min_length=1)]
+
+
+class LinkConfig(Strict):
+    """A port through which messages go."""
+
+    gb_per_s: PositiveFloat
+    """Bandwidth in 1e9 bytes/s: in each direction if full duplex, of both together if half."""
+    latency_us: NonNegativeFloat
+    """Microseconds from both sides being ready to the first byte."""
+    duplex: Literal["full", "half"] = "full"
+    """Whether both directions can be used at once."""
+
+    def build(self) -> Link:
+        """In bytes and seconds."""
+        from lctrain.parallel.topology import Link
+
+        return Link(self.gb_per_s * 1e9, self.latency_us * 1e-6, self.duplex)
+
+
+class RatesConfig(Strict):
+    """How fast the attention kernel is, by size of the call."""
+
+    rows: Sizes
+    """Queries of a call, rising."""
+    columns: Sizes
+    """Keys of a call, rising; one alone stands for any number."""
+    tflops: Annotated[tuple[tuple[PositiveFloat, ...], ...], Field(min_length=1)]
+    """1e12 FLOP/s on live score entries: a line for each of `rows`, a number for each of `columns`."""
+
+    @model_validator(mode="after")
+    def _check(self) -> RatesConfig:
+        for name in ("rows", "columns"):
+            sizes = getattr(self, name)
+            if list(sizes) != sorted(set(sizes)):
+                raise ValueError(f"{name}={list(sizes)} must rise")
+        if [len(line) for line in self.tflops] != [len(self.columns)] * len(self.rows):
+            raise ValueError(f"tflops needs {len(self.rows)} lines (rows) of {len(self.columns)} numbers (columns)")
+        return self
+
+    def build(self) -> Rates:
+        """In FLOP/s."""
+        from lctrain.parallel.device import Rates
+
+        return Rates(self.rows, self.columns, tuple(tuple(rate * 1e12 for rate in line) for line in self.tflops))
+
+
+class KernelConfig(Strict):
+    """The attention kernel on one device (on CPU: one core)."""
+
+    forward: RatesConfig
+    """Forward, every query sees every key."""
+    backward: RatesConfig
+    """Backward, every query sees every key."""
+    causal_forward: RatesConfig
+    """Forward, causal, by the side of the square."""
+    causal_backward: RatesConfig
+    """Backward, causal, by the side of the square."""
+    call_us: NonNegativeFloat
+    """Microseconds that any call takes besides."""
+
+
+class ClusterConfig(Strict):
+    """Devices, and what lies between them."""
+
+    name: str = "custom"
+    """Name of the preset, for people."""
+    kernel: KernelConfig
+    """The devices' attention kernel."""
+    ranks_per_node: Positive
+    """Devices of a node."""
+    inside: LinkConfig
+    """Each device's port to the others of its node."""
+    between: LinkConfig
+    """Each network card."""
+    cards: Positive
+    """Network cards of a node, shared out evenly to its devices."""
+    cpu_s_per_gb: NonNegativeFloat = 0.0
+    """Core-seconds that each end of a transfer spends on 1e9 bytes; 0 where network cards and copy engines do it."""
+    cores: PositiveFloat | None = None
+    """Cores of a node that computing and communicating share, if cpu_s_per_gb is not 0; null: one for each of its ranks."""
+
+    def build(self) -> Cluster:
+        """What the simulator takes."""
+        from lctrain.parallel.device import Device
+        from lctrain.parallel.simulator import Cluster
+        from lctrain.parallel.topology import Topology
+
+        tables = ("forward", "backward", "causal_forward", "causal_backward")
+        device = Device(*(getattr(self.kernel, name).build() for name in tables), call_s=self.kernel.call_us * 1e-6)
+        links = self.inside.build(), self.between.build()
+        topology = Topology(self.ranks_per_node, *links, self.cards, self.cpu_s_per_gb * 1e-9, self.cores)
+        return Cluster(self.name, device, topology)
