@@ -41,7 +41,7 @@ VOCAB = 61
 
 @dataclasses.dataclass(frozen=True)
 class Setup:
-    """What differs between two runs that must agree. rows: see `packed_rows`."""
+    """What runs differ in. All but tie, sinks, double, length, clip_norm and lr may differ between two that must agree."""
 
     cp: int = 1
     dp: int = 1
@@ -49,7 +49,11 @@ class Setup:
     layout: str = "zigzag"
     data_parallel: str = "ddp"
     micro_batch: int = 1
+    ring: str = "ring"
+    ulysses: int | None = None
+    nesting: str = "inner"
     tie: bool = False
+    sinks: bool = False
     checkpointing: str = "none"
     double: bool = False
     length: int = 1000
@@ -66,11 +70,18 @@ class Setup:
                 d_model=32,
                 vocab_size=VOCAB,
                 tie_embeddings=self.tie,
-                attention=AttentionConfig(n_heads=4, n_kv_heads=2, window=20, qk_norm=True, bias=True),
+                attention=AttentionConfig(n_heads=4, n_kv_heads=2, window=20, qk_norm=True, bias=True, sinks=self.sinks),
                 mlp=MlpConfig(d_ff=48),
             ),
             data=DataConfig(corpora=(CorpusConfig(prefix="unused"),)),
-            parallel=ParallelConfig(cp=self.cp, attention=self.attention, layout=self.layout),
+            parallel=ParallelConfig(
+                cp=self.cp,
+                attention=self.attention,
+                layout=self.layout,
+                ring=self.ring,
+                ulysses=self.ulysses,
+                nesting=self.nesting,
+            ),
             engine=EngineConfig(data_parallel=self.data_parallel, activation_checkpointing=self.checkpointing, device="cpu"),
             optim=OptimConfig(clip_norm=self.clip_norm),
             trainer=TrainerConfig(global_batch=6, micro_batch=self.micro_batch, z_loss=1e-4, loss_chunk=300),

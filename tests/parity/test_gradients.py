@@ -19,6 +19,16 @@ GRIDS = {
     "cp3 all_gather contiguous": {"cp": 3, "attention": "all_gather", "layout": "contiguous"},
     "cp2 all_gather striped": {"cp": 2, "attention": "all_gather", "layout": "striped"},
     "cp3 all_gather balanced": {"cp": 3, "attention": "all_gather", "layout": "balanced"},
+    "cp3 token_ring": {"cp": 3, "attention": "token_ring"},
+    "cp4 bidirectional_ring": {"cp": 4, "attention": "bidirectional_ring"},
+    "cp4 double_ring striped": {"cp": 4, "attention": "double_ring", "layout": "striped"},
+    "cp2 ulysses": {"cp": 2, "attention": "ulysses"},
+    "cp3 ulysses, fewer heads than ranks": {"cp": 3, "attention": "ulysses", "layout": "balanced"},
+    "cp4 usp": {"cp": 4, "attention": "usp"},
+    "cp4 usp, distant groups, token ring": {"cp": 4, "attention": "usp", "nesting": "outer", "ring": "token_ring"},
+    "cp3 sinks": {"cp": 3, "sinks": True},
+    "cp2 all_gather sinks": {"cp": 2, "sinks": True, "attention": "all_gather"},
+    "fsdp dp2 cp2 usp sinks": {"dp": 2, "cp": 2, "data_parallel": "fsdp", "attention": "usp", "ulysses": 2, "sinks": True},
     "cp2 two rows at once": {"cp": 2, "micro_batch": 2},
     "cp3 three rows at once, striped": {"cp": 3, "micro_batch": 3, "layout": "striped", "attention": "all_gather"},
     "dp2": {"dp": 2, "micro_batch": 3},
@@ -39,7 +49,7 @@ GRIDS = {
 def test_equal_to_one_process(train, make_setup, name: str, double: bool) -> None:
     setup = make_setup(**GRIDS[name], double=double)
     steps = 1 if double else 3
-    one = train(make_setup(tie=setup.tie, double=double), steps)
+    one = train(make_setup(tie=setup.tie, sinks=setup.sinks, double=double), steps)
     many = train(setup, steps)
     loss, gradient, norm, weight = (1e-12, 1e-10, 1e-11, 1e-9) if double else (1e-6, 1e-5, 1e-6, 1e-5)
     assert many.steps[0].loss == pytest.approx(one.steps[0].loss, abs=loss)

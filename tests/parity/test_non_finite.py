@@ -84,4 +84,6 @@ def test_only_the_gradient_is_not_finite(make_setup, world) -> None:
     assert math.isfinite(result.loss)
     assert result.problem is not None
     assert result.problem.endswith("every loss is finite, the gradient overflowed")
+    assert "over rank 0, sample 0, documents 0 of corpus 0, 1 of corpus 0, 2 of corpus 0; rank 0, sample 1" in result.problem
+    assert "and 2 more" in result.problem, "six samples, of which four are shown"
     assert same

@@ -81,7 +81,7 @@ def test_beyond_the_last_step_the_rate_stays_low(kind: str) -> None:
 
 
 def test_matrices_decay_and_vectors_do_not() -> None:
-    attention = AttentionConfig(bias=True, out_bias=True, qk_norm=True)
+    attention = AttentionConfig(bias=True, out_bias=True, qk_norm=True, sinks=True)
     model = LanguageModel(ModelConfig(pattern="*-", d_model=16, vocab_size=11, attention=attention))
     optimizer = make_adamw(model, OptimConfig(lr=PEAK, beta1=0.8, beta2=0.9, eps=1e-7, weight_decay=0.3))
     names = {id(parameter): name for name, parameter in model.named_parameters()}
@@ -89,8 +89,8 @@ def test_matrices_decay_and_vectors_do_not() -> None:
     assert [group["weight_decay"] for group in optimizer.param_groups] == [0.3, 0.0]
     assert decays | spared == set(names.values())
     assert not decays & spared
-    assert all("norm" in name or name.endswith("bias") for name in spared)
-    assert not any("norm" in name or name.endswith("bias") for name in decays)
+    vectors = {name for name in names.values() if "norm" in name or name.endswith(("bias", "sinks"))}
+    assert spared == vectors
     for group in optimizer.param_groups:
         assert (group["betas"], group["eps"]) == ((0.8, 0.9), 1e-7)
 

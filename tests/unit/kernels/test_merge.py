@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from lctrain.kernels.attention import reference
-from lctrain.kernels.attention.merge import merge_
+from lctrain.kernels.attention.merge import add_sinks, merge_
 
 INF = float("inf")
 
@@ -67,3 +67,20 @@ def test_a_broken_value_stays_visible() -> None:
     out, lse = torch.zeros(1, 1, 1, 2), torch.zeros(1, 1, 1)
     merge_(out, lse, torch.full_like(out, float("nan")), torch.full_like(lse, float("nan")))
     assert out.isnan().all()
+
+
+def test_sinks_are_keys_without_value() -> None:
+    """One more key per head with the sink as its score: computed by the oracle with k and v extended."""
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, n, 4, 8, dtype=torch.float64) for n in (5, 6, 6))
+    live = torch.rand(5, 6) < 0.6
+    live[0] = False  # a row whose only key is the sink
+    sinks = torch.randn(4, dtype=torch.float64)
+    out, lse = add_sinks(*reference.attention(q, k, v, live), sinks)
+    scores = torch.einsum("bqhd,bkhd->bhqk", q, k) / 8**0.5
+    scores = scores.masked_fill(~live, -INF)
+    scores = torch.cat([scores, sinks[None, :, None, None].expand(2, 4, 5, 1)], dim=-1)
+    torch.testing.assert_close(lse, scores.logsumexp(-1), atol=1e-13, rtol=1e-12)
+    weights = scores.softmax(-1)[..., :-1]
+    torch.testing.assert_close(out, torch.einsum("bhqk,bkhd->bqhd", weights, v), atol=1e-13, rtol=1e-12)
+    assert (out[:, 0] == 0).all()

@@ -40,7 +40,9 @@ def by_hand(mixer: Attention, x: Tensor, positions: Tensor, mask: AttentionMask)
             for t, norm in ((q, mixer.q_norm), (k, mixer.k_norm))
         )
     cos, sin = (t.double() for t in rotation(mixer.rope, mixer.head_dim, positions))
-    out, _ = reference.attention(turn(q, cos, sin), turn(k, cos, sin), v, mask.live(x.shape[1]))
+    out, lse = reference.attention(turn(q, cos, sin), turn(k, cos, sin), v, mask.live(x.shape[1]))
+    if mixer.sinks is not None:  # one more key with this score and the value 0
+        out = out * torch.sigmoid(lse - mixer.sinks[:, None]).transpose(1, 2).unsqueeze(-1)
     return torch.nn.functional.linear(out.flatten(2), mixer.out.weight, mixer.out.bias)
 
 
@@ -51,6 +53,7 @@ SETTINGS = {
     "qk_norm": {"qk_norm": True},
     "bias": {"bias": True, "out_bias": True},
     "wide heads": {"head_dim": 12},
+    "sinks": {"sinks": True},
 }
 
 
@@ -85,9 +88,10 @@ def test_packed_documents_are_documents_run_alone(model_config, make_seq, window
 
 
 @pytest.mark.parametrize("windowed", [False, True], ids=["full", "window"])
+@pytest.mark.parametrize("sinks", [False, True], ids=["plain", "sinks"])
 @pytest.mark.parametrize("pieces", [(17,), (1,) * 17, (5, 1, 1, 7, 3)], ids=["at once", "one by one", "in pieces"])
-def test_decoding_equals_forward(model_config, make_seq, windowed: bool, pieces: tuple[int, ...]) -> None:
-    mixer = make(model_config, windowed, qk_norm=True, bias=True)
+def test_decoding_equals_forward(model_config, make_seq, windowed: bool, pieces: tuple[int, ...], sinks: bool) -> None:
+    mixer = make(model_config, windowed, qk_norm=True, bias=True, sinks=sinks)
     x = torch.randn(2, 17, 32, dtype=torch.float64)
     whole = mixer(x, make_seq([(0, 17), (0, 17)]))
     state, at = mixer.new_state(), 0

@@ -15,7 +15,7 @@ CONFIG = ModelConfig(
     pattern="(*-){2}W-",
     d_model=96,
     vocab_size=301,
-    attention=AttentionConfig(n_heads=4, n_kv_heads=2, window=8, bias=True, qk_norm=True),
+    attention=AttentionConfig(n_heads=4, n_kv_heads=2, window=8, bias=True, qk_norm=True, sinks=True),
     mlp=MlpConfig(d_ff=128, bias=True),
 )
 
@@ -55,7 +55,7 @@ def test_statistics() -> None:
     for name, weight in weights().items():
         if "norm" in name:
             assert (weight == 1).all(), name
-        elif name.endswith("bias"):
+        elif name.endswith(("bias", "sinks")):
             assert (weight == 0).all(), name
         else:
             std = residual if name.endswith(("mixer.out.weight", "mixer.down.weight")) else CONFIG.init_std
