@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from lctrain.attention_choice import announce_choice
 from lctrain.checkpoint.store import CheckpointStore
 from lctrain.config.schema import TrainConfig
 from lctrain.data.batch import StepBatch
@@ -47,6 +48,7 @@ def train(config: TrainConfig, process: Process) -> int:
         status = 1
         try:
             _announce(config, mesh, engine, start, checkpoint, tracker)
+            announce_choice(config, device, tracker)
             if start < config.trainer.steps:
                 _loop(config, mesh, engine, device, store, tracker, start, stop)
             status = 0

@@ -43,7 +43,7 @@ class Device:
     call_s: float
 
     def seconds(self, call: Call, direction: Direction, head_dim: int) -> float:
-        """Time of one kernel call. A band with dead corners counts as the causal square half with as many live entries a row."""
+        """Time of one kernel call. A band with dead corners counts as half a causal square with as many live entries a row."""
         full = call.entries == call.rows * call.columns
         rates = getattr(self, direction if full else f"causal_{direction}")
         columns = call.columns if full else 2 * call.entries / call.rows

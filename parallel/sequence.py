@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TypeVar
 
 from torch import Tensor
@@ -21,7 +21,7 @@ class SequenceMeta:
 
     positions: int64 [B, layout.local_length], restarting in every document.
     documents: per batch row, the global document borders.
-    strategy: how attention works over the ranks.
+    strategy: how attention works over the ranks: the same in all layers, or one for each window (None: layers without).
     """
 
     def __init__(
@@ -30,10 +30,10 @@ class SequenceMeta:
         group: SequenceGroup,
         positions: Tensor,
         documents: tuple[Borders, ...],
-        strategy: str | Strategy = "ring",
+        strategy: str | Strategy | Mapping[int | None, Strategy] = "ring",
     ) -> None:
         self.layout, self.group, self.positions, self.documents = layout, group, positions, documents
-        self.strategy = Strategy(strategy) if isinstance(strategy, str) else strategy
+        self._strategy = Strategy(strategy) if isinstance(strategy, str) else strategy
         self._made: dict[object, object] = {}
 
     def once(self, key: object, make: Callable[[], T]) -> T:
@@ -46,13 +46,17 @@ class SequenceMeta:
         """Causal attention within documents."""
         return self.once(("mask", window), lambda: AttentionMask(self.documents, causal=True, window=window))
 
+    def strategy(self, window: int | None = None) -> Strategy:
+        """How attention with this window works over the ranks."""
+        return self._strategy if isinstance(self._strategy, Strategy) else self._strategy[window]
+
     def attend(self, q: Tensor, k: Tensor, v: Tensor, window: int | None = None, sinks: Tensor | None = None) -> Tensor:
         """Causal attention within documents over the whole sequence: q [B, T, H, D], k, v [B, T, Hkv, D] -> [B, T, H, D].
 
         sinks: [H], see sequence_parallel_attention.
         """
-        mask = self.mask(window)
+        mask, strategy = self.mask(window), self.strategy(window)
         out, _ = sequence_parallel_attention(
-            q, k, v, layout=self.layout, mask=mask, group=self.group, strategy=self.strategy, sinks=sinks, need_lse=False
+            q, k, v, layout=self.layout, mask=mask, group=self.group, strategy=strategy, sinks=sinks, need_lse=False
         )
         return out

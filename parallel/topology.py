@@ -12,7 +12,7 @@ Duplex = Literal["full", "half"]
 
 @dataclasses.dataclass(frozen=True)
 class Link:
-    """A port. full duplex: `bandwidth` each way at once; half: both ways share it. latency: from both sides ready to first byte."""
+    """A port. full duplex: `bandwidth` each way at once; half: both ways share it. latency: both sides ready to first byte."""
 
     bandwidth: float
     latency: float

@@ -194,8 +194,8 @@ class ParallelConfig(Strict):
             for name in ("ulysses", "node_size"):
                 if getattr(self, name) is not None:
                     raise ValueError(
-                        f"parallel.attention=auto chooses its own degrees: drop parallel.{name}={getattr(self, name)}, or name a"
-                        " strategy"
+                        f"parallel.attention=auto chooses its own degrees: drop parallel.{name}={getattr(self, name)},"
+                        " or name a strategy"
                     )
         return self
 
@@ -352,7 +352,7 @@ class TrainConfig(Strict):
     parallel: ParallelConfig = ParallelConfig()
     """How the work is cut over processes."""
     cluster: ClusterConfig | None = None
-    """What parallel.attention=auto assumes about devices and links; null: the preset for the device that the run computes on."""
+    """What parallel.attention=auto assumes about devices and links; null: the preset for the device that the run has."""
     engine: EngineConfig = EngineConfig()
     """Who owns gradients and the optimizer step."""
     optim: OptimConfig = OptimConfig()

@@ -12,7 +12,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
-from lctrain.config.schema import ParallelConfig, TrainConfig
+from lctrain.attention_choice import attention_strategies
+from lctrain.config.schema import TrainConfig
 from lctrain.data.batch import MicroBatch, StepBatch
 from lctrain.devices import DTYPES
 from lctrain.engines.base import StepResult
@@ -23,7 +24,6 @@ from lctrain.parallel.deal import make_layout
 from lctrain.parallel.group import SequenceGroup
 from lctrain.parallel.mesh import ProcessMesh
 from lctrain.parallel.sequence import SequenceMeta
-from lctrain.parallel.strategy import Strategy
 
 
 class TorchEngine:
@@ -36,7 +36,7 @@ class TorchEngine:
 
     def __init__(self, config: TrainConfig, mesh: ProcessMesh, group: SequenceGroup, device: torch.device) -> None:
         self.config, self.mesh, self.group, self.device = config, mesh, group, device
-        self.strategy = attention_strategy(config.parallel)
+        self.strategies = attention_strategies(config, device)
         self.model = build_model(config, device)
         self.parallel_model = parallelize(self.model, config, mesh, device)
         self.optimizer = make_adamw(self.model, config.optim)
@@ -91,7 +91,7 @@ class TorchEngine:
         tokens, labels, positions = (
             x.to(self.device, non_blocking=True) for x in (micro.tokens, micro.labels, micro.positions)
         )
-        seq = SequenceMeta(micro.layout, self.group, positions, micro.borders, self.strategy)
+        seq = SequenceMeta(micro.layout, self.group, positions, micro.borders, self.strategies)
         return self.parallel_model(tokens, labels, seq, trainer.loss_chunk, trainer.z_loss)
 
     def _settle_buckets(self) -> None:
@@ -142,11 +142,6 @@ class TorchEngine:
         if all_finite:
             return f"{what} over {named}: every loss is finite, the gradient overflowed"
         return f"{what}: first not finite on {named}"
-
-
-def attention_strategy(config: ParallelConfig) -> Strategy:
-    """The strategy that the config names, with its degrees."""
-    return Strategy(config.attention, config.ulysses, config.ring, config.nesting, config.node_size)
 
 
 def build_model(config: TrainConfig, device: torch.device) -> LanguageModel:

@@ -71,7 +71,7 @@ def attention(
         layout=sequence.layout,
         mask=sequence.mask(sliding_window),
         group=sequence.group,
-        strategy=sequence.strategy,
+        strategy=sequence.strategy(sliding_window),
         scale=scaling,
         sinks=s_aux,
         need_lse=False,
