@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lctrain.kernels.attention.fused import accumulation_dtype
 from lctrain.parallel.exchange import HeadExchange, ToHeads, ToTokens
 from lctrain.parallel.executor import ScheduledAttention
 from lctrain.parallel.group import SequenceGroup
@@ -67,7 +68,8 @@ def sequence_parallel_attention(
         own_sinks = None if sinks is None else sinks[heads]
         out, lse = _scheduled(q_heads, k_heads, v_heads, own_sinks, grouped, mask, between, index, strategy, scale)
     else:  # more ranks than heads: this one only takes part in the exchange
-        out, lse = q_heads, q_heads.new_empty(q.shape[0], 0, q_heads.shape[1])
+        wide = accumulation_dtype(q.dtype)
+        out, lse = q_heads, q_heads.new_empty(q.shape[0], 0, q_heads.shape[1], dtype=wide)
     whole = ToTokens.apply(out, exchange)
     if not need_lse:
         return whole, None

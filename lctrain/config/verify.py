@@ -1,0 +1,43 @@
+"""Settings of `lctrain verify`."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from lctrain.config.schema import LayoutKind, NonNegative, Positive, Strict
+
+MaskName = Literal["causal", "full", "window", "documents", "documents_window", "sinks"]
+HeadsName = Literal["mha", "gqa", "mqa", "uneven"]
+Some = Field(min_length=1)
+
+
+class AttentionVerifyConfig(Strict):
+    """`lctrain verify attention`: every combination of these settings, against one process."""
+
+    strategies: Annotated[tuple[str, ...], Some] | None = None
+    """Strategies (`usp` means all its degrees), or exact variants as the report names them (`usp-2-ring-outer`); null: all."""
+    cp: Annotated[tuple[Positive, ...], Some] = (1, 2, 3, 4)
+    """Numbers of processes that share a sequence."""
+    layouts: Annotated[tuple[LayoutKind, ...], Some] = ("zigzag", "contiguous", "striped", "balanced")
+    """Which tokens each process owns. Cases take them in turn unless `cross_layouts`."""
+    masks: Annotated[tuple[MaskName, ...], Some] = ("causal", "full", "window", "documents", "documents_window", "sinks")
+    """Who sees whom. Packed documents differ from row to row, some rows end in padding; sinks: causal, documents, learned
+    sinks."""
+    heads: Annotated[tuple[HeadsName, ...], Some] = ("mha", "gqa", "mqa", "uneven")
+    """Query and KV heads: 4 and 4, 4 and 2, 4 and 1; uneven: 3 and 3, which 2 or 4 processes cannot share evenly."""
+    lengths: Annotated[tuple[Positive, ...], Some] = (1, 7, 64, 1000)
+    """Tokens per sequence."""
+    dtypes: Annotated[tuple[Literal["fp32", "bf16"], ...], Some] = ("fp32", "bf16")
+    """Arithmetic."""
+    batch: Annotated[tuple[Positive, ...], Some] = (1, 2)
+    """Sequences side by side."""
+    seed: NonNegative = 0
+    """Seed of inputs and document borders."""
+    cross_layouts: bool = False
+    """Combine every layout with every other setting: four times as many cases."""
+    quick: bool = False
+    """A sample that takes seconds, of at most 200 tokens per sequence."""
+    output: str | None = None
+    """JSON file for the report."""
