@@ -19,7 +19,7 @@ class LayerSpec(NamedTuple):
 
 def parse_pattern(pattern: str) -> tuple[LayerSpec, ...]:
     """Expand `(*-){2}W-` into one LayerSpec per sublayer; ValueError points at the character that does not fit."""
-    symbols, end = _items(pattern, 0, depth=0)
+    symbols, end = _items(pattern, 0)
     if end != len(pattern):
         raise ValueError(f"pattern {pattern!r}: unexpected {pattern[end]!r} at character {end + 1}")
     if not symbols:
@@ -27,11 +27,11 @@ def parse_pattern(pattern: str) -> tuple[LayerSpec, ...]:
     return tuple(LayerSpec(symbol, place) for place, symbol in enumerate(symbols))
 
 
-def _items(pattern: str, at: int, depth: int) -> tuple[list[str], int]:
+def _items(pattern: str, at: int) -> tuple[list[str], int]:
     expanded: list[str] = []
     while at < len(pattern) and pattern[at] != ")":
         if pattern[at] == "(":
-            item, at = _items(pattern, at + 1, depth + 1)
+            item, at = _items(pattern, at + 1)
             if at >= len(pattern):
                 raise ValueError(f"pattern {pattern!r}: a '(' is never closed")
             at += 1

@@ -1,5 +1,6 @@
 """Cutting a band into blocks for a fused kernel."""
 
+import itertools
 from unittest.mock import patch
 
 import pytest
@@ -38,6 +39,15 @@ def test_blocks_have_exactly_the_live_entries(
     if band is not None:
         with patch.object(blocks, "MASKED_ROWS", (4, 16)):  # so that small bands are cut as often as large ones are
             check(band)
+
+
+def test_every_small_band() -> None:
+    offsets = (None, *range(-4, 5))
+    for rows, columns, lo, hi in itertools.product(range(1, 5), range(1, 5), offsets, offsets):
+        band = Band(1, 1 + rows, 0, columns, lo, hi).trim()
+        if band is not None:
+            with patch.object(blocks, "MASKED_ROWS", (1, 2)):
+                check(band)
 
 
 @pytest.mark.parametrize("window", [1, 40, 200, 499])
