@@ -1,4 +1,4 @@
-"""Choice: the strategy with which one kind of attention layer is fastest on a cluster, found by simulating all that make sense."""
+"""Choice: the strategy with which one kind of attention layer is fastest on a cluster, by simulating all that make sense."""
 
 from __future__ import annotations
 
@@ -70,7 +70,5 @@ def _simulated(
 ) -> Candidate:
     ways: tuple[Direction, Direction] = ("forward", "backward")
     forward, backward = (simulate(strategy, layout, mask, shape, way, cluster).seconds for way in ways)
-    sent = [
-        sum(traffic(strategy, layout, mask, shape, way, rank).total() for way in ways) for rank in range(layout.world_size)
-    ]
+    sent = [sum(traffic(strategy, layout, mask, shape, way, rank).total() for way in ways) for rank in range(layout.world_size)]
     return Candidate(strategy, forward, backward, max(sent))

@@ -1,9 +1,10 @@
 """Measure speed, memory and traffic, side by side with what others would use.
 
-usage: lctrain bench {step,attention} [name=value ...]
+usage: lctrain bench {step,attention,simulate} [name=value ...]
 
   lctrain bench step model=small seq=1024,4096
   lctrain bench attention strategies=ring,all_gather cp=2,4 seq=8192,16384
+  lctrain bench simulate cp=2,4 seq=4096,8192
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from lctrain.subcommands import subcommands
 
 def main(args: list[str]) -> int:
     """Run the command."""
-    return subcommands("bench", {"step": _step, "attention": _attention}, args)
+    return subcommands("bench", {"step": _step, "attention": _attention, "simulate": _simulate}, args)
 
 
 def _step(args: list[str]) -> int:
@@ -48,3 +49,20 @@ def _attention(args: list[str]) -> int:
     from lctrain.bench.attention import bench_attention
 
     return bench_attention(config)
+
+
+def _simulate(args: list[str]) -> int:
+    """Measure this machine, simulate sequence-parallel attention on it, and say how far the simulated times are off.
+
+    usage: lctrain bench simulate [strategies=ring,usp] [cp=2,4] [seq=4096,8192] [name=value ...]
+
+      lctrain bench simulate
+      lctrain bench simulate cp=4 seq=16384 kv_heads=2 dtype=bf16 repeats=7
+    """
+    from lctrain.config.load import load
+    from lctrain.config.simulate import SimulateBenchConfig
+
+    config = load(SimulateBenchConfig, "bench_simulate", args)
+    from lctrain.bench.simulate import bench_simulate
+
+    return bench_simulate(config)

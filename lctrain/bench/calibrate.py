@@ -1,0 +1,169 @@
+"""Measuring this machine for the simulator: the attention kernel on one core, gloo between two processes, and how much of the
+cores other programs leave us.
+
+Kernel and transfers are measured in CPU time, which other programs change little; the simulator then shares out the cores.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from collections.abc import Callable
+from statistics import fmean, median
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+
+from lctrain.kernels.attention import fused
+from lctrain.kernels.attention.band import Band
+from lctrain.kernels.attention.merge import merge_
+from lctrain.launch.ranks import RankPool
+from lctrain.parallel.cost import PRODUCTS
+from lctrain.parallel.device import Device, Rates
+from lctrain.parallel.payload import AttentionShape
+from lctrain.parallel.topology import Link, Topology
+
+SIZES = (256, 1024, 4096)
+"""Rows and columns of measured rectangles, and sides of measured causal squares."""
+HEADS = 2
+REPEATS = 5
+MESSAGE = 32 << 20
+"""Bytes of a message whose bandwidth is measured."""
+HALF_DUPLEX = 0.75
+"""Below this ratio of two-way to one-way bandwidth (of each direction) a link counts as half duplex."""
+
+
+class Network(NamedTuple):
+    """gloo between two processes. bytes/s one way, and of each direction both ways; seconds; core-seconds per byte and end."""
+
+    one_way: float
+    two_way: float
+    latency: float
+    cpu_s_per_byte: float
+
+
+def core_fraction(pool: RankPool, seconds: float = 0.15) -> float:
+    """Share of the cores it could use that `pool` gets when all of its ranks compute."""
+    return min(1.0, sum(pool.run(_spin, seconds)) / min(pool.world_size, len(os.sched_getaffinity(0))))
+
+
+def topology(network: Network, cores: float) -> Topology:
+    """This machine as one node for any number of ranks."""
+    half = network.two_way < HALF_DUPLEX * network.one_way
+    link = Link(network.one_way, network.latency, "half" if half else "full")
+    return Topology(1 << 30, link, link, cpu_s_per_byte=network.cpu_s_per_byte, cores=cores)
+
+
+def measure_device(pool: RankPool, shape: AttentionShape) -> Device:
+    """The kernel for heads of the shape's size and dtype, one thread on each rank of `pool`, all at once."""
+    causal = [(size, size, True) for size in SIZES]
+    full = [(rows, columns, False) for rows in SIZES for columns in SIZES]
+    ranks = pool.run(_kernel_seconds, shape, [(1, 1, False), *causal, *full], timeout_s=600.0)
+    smallest, *best = [tuple(map(fmean, zip(*times, strict=True))) for times in zip(*ranks, strict=True)]
+    tables = []
+    for way, direction in enumerate(("forward", "backward")):
+        for calls, times, width in ((full, best[len(causal) :], len(SIZES)), (causal, best, 1)):
+            rates = [
+                2
+                * PRODUCTS[direction]
+                * shape.head_dim
+                * HEADS
+                * _band(*call).entries
+                / max(1e-9, seconds[way] - smallest[way])
+                for call, seconds in zip(calls, times, strict=False)
+            ]
+            lines = tuple(tuple(rates[at : at + width]) for at in range(0, len(rates), width))
+            tables.append(Rates(SIZES, SIZES if width > 1 else (1,), lines))
+    forward, causal_forward, backward, causal_backward = tables
+    return Device(forward, backward, causal_forward, causal_backward, call_s=sum(smallest) / 2)
+
+
+def measure_network(pool: RankPool) -> Network:
+    """gloo between the two ranks of a pool: the best bandwidth and latency of several, the median CPU time."""
+    sender, receiver = pool.run(_transfers, timeout_s=300.0)
+    seconds = {name: max(sender[name], receiver[name]) for name in ("one_way", "two_way", "latency")}
+    cpu = (sender["cpu"] + receiver["cpu"]) / 2
+    return Network(MESSAGE / seconds["one_way"], MESSAGE / seconds["two_way"], seconds["latency"], cpu / MESSAGE)
+
+
+def _spin(rank: int, world_size: int, seconds: float) -> float:
+    """Cores that this rank gets: CPU time over wall time of a computation."""
+    x = torch.ones(128, 128)
+    dist.barrier()
+    wall, cpu = time.perf_counter(), time.process_time()
+    while time.perf_counter() - wall < seconds:
+        x = (x @ x).clamp_(max=1.0)
+    return (time.process_time() - cpu) / (time.perf_counter() - wall)
+
+
+def _band(rows: int, columns: int, causal: bool) -> Band:
+    return Band(0, rows, 0, columns, None, 0 if causal else None)
+
+
+def _kernel_seconds(
+    rank: int, world_size: int, shape: AttentionShape, calls: list[tuple[int, int, bool]]
+) -> list[tuple[float, float]]:
+    """CPU seconds of every call in both directions, with what the executor does to add its results up."""
+    dist.barrier()
+    return [_call_seconds(shape, *call) for call in calls]
+
+
+def _call_seconds(shape: AttentionShape, rows: int, columns: int, causal: bool) -> tuple[float, float]:
+    scale, band = 1 / math.sqrt(shape.head_dim), _band(rows, columns, causal)
+    q, dout = (torch.randn(1, rows, HEADS, shape.head_dim).to(shape.dtype) for _ in range(2))
+    k, v = (torch.randn(1, columns, HEADS, shape.head_dim).to(shape.dtype) for _ in range(2))
+    total = torch.zeros_like(q, dtype=fused.accumulation_dtype(shape.dtype))
+    total_lse = total.new_full((1, HEADS, rows), float("-inf"))
+    into = [torch.zeros_like(x, dtype=total.dtype) for x in (q, k, v)]
+
+    def forward() -> None:
+        out, lse, _ = fused.forward(q, k, v, band, scale)
+        merge_(total, total_lse, out, lse)
+
+    out, lse, _ = fused.forward(q, k, v, band, scale)
+    return _cpu(forward), _cpu(lambda: fused.backward_(dout, q, k, v, out.to(q.dtype), lse, band, scale, into))
+
+
+def _cpu(action: Callable[[], object]) -> float:
+    """Median CPU seconds of a few runs, after one that warms up."""
+    action()
+    times = []
+    for _ in range(REPEATS):
+        began = time.process_time()
+        action()
+        times.append(time.process_time() - began)
+    return median(times)
+
+
+def _transfers(rank: int, world_size: int) -> dict[str, float]:
+    """Seconds of a big message one way and both ways, and of a small one; CPU seconds that an end spends on a big one."""
+    big, arriving, small = torch.zeros(MESSAGE // 4), torch.empty(MESSAGE // 4), torch.zeros(1)
+    times: dict[str, list[float]] = {"one_way": [], "two_way": [], "latency": [], "cpu": []}
+    for _ in range(2 * REPEATS):
+        cpu = time.process_time()
+        times["one_way"].append(
+            _seconds(lambda: _exchange(big if rank == 0 else None, arriving if rank == 1 else None, 1 - rank))
+        )
+        cpu = time.process_time() - cpu
+        times["two_way"].append(_seconds(lambda: _exchange(big, arriving, 1 - rank)))
+        times["latency"].append(_seconds(lambda: _exchange(small, torch.empty(1), 1 - rank)))
+        times["cpu"].append(cpu)
+    return {name: median(values) if name == "cpu" else min(values) for name, values in times.items()}
+
+
+def _seconds(action: Callable[[], object]) -> float:
+    """Wall seconds from one meeting of the ranks to the next, of an action."""
+    dist.barrier()
+    began = time.perf_counter()
+    action()
+    return time.perf_counter() - began
+
+
+def _exchange(sent: torch.Tensor | None, arriving: torch.Tensor | None, peer: int) -> None:
+    operations = [] if sent is None else [dist.P2POp(dist.isend, sent, peer)]
+    if arriving is not None:
+        operations.append(dist.P2POp(dist.irecv, arriving, peer))
+    for work in dist.batch_isend_irecv(operations):
+        work.wait()

@@ -1,0 +1,147 @@
+"""`lctrain bench simulate`: the simulator's times beside those measured on this machine, strategy by strategy."""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import closing
+from statistics import median
+from typing import Any, NamedTuple
+
+from lctrain.bench.attention_problem import Pass, Problem
+from lctrain.bench.attention_rank import run_rank
+from lctrain.bench.calibrate import Network, core_fraction, measure_device, measure_network, topology
+from lctrain.bench.report import check_output, introduce_machine, store
+from lctrain.config.simulate import SimulateBenchConfig
+from lctrain.console import progress, say, table
+from lctrain.launch.ranks import RankPool
+from lctrain.parallel.cost import costed_steps
+from lctrain.parallel.device import Device
+from lctrain.parallel.schedule import Direction
+from lctrain.parallel.simulator import Cluster, layer_seconds
+from lctrain.parallel.strategy import Strategy
+
+TIMEOUT_S = 3600.0
+DISTINCT = 0.15
+"""Measured times that differ by more than this should be simulated in the right order."""
+DIRECTIONS: tuple[Direction, Direction] = ("forward", "backward")
+
+
+class Sample(NamedTuple):
+    """One measured pass, forward and backward: share of the cores around it, wall seconds, CPU seconds of all ranks."""
+
+    fraction: float
+    wall: float
+    cpu: float
+
+
+def bench_simulate(config: SimulateBenchConfig) -> int:
+    """Calibrate, measure, simulate, print, store."""
+    check_output(config)
+    machine = introduce_machine()
+    with closing(RankPool(2)) as pool, progress("this machine's kernel and network", 2, "parts") as advance:
+        device = measure_device(pool, Problem.of(config, config.seq[0]).shape)
+        advance(1)
+        network = measure_network(pool)
+        advance(1)
+    _print_machine(device, network)
+    results = [row for seq in config.seq for cp in config.cp for row in _measure(config, seq, cp, device, network)]
+    print_results(results)
+    store(config, "simulate", machine, results)
+    return 0
+
+
+def _measure(config: SimulateBenchConfig, seq: int, cp: int, device: Device, network: Network) -> Iterator[dict[str, Any]]:
+    problem, strategies = Problem.of(config, seq), [Strategy(name) for name in config.strategies]
+    samples: dict[Strategy, list[Sample]] = {strategy: [] for strategy in strategies}
+    total = (config.repeats + 1) * len(strategies)
+    with closing(RankPool(cp)) as pool, progress(f"seq {seq}, cp {cp}", total, "passes") as advance:
+        for turn in range(config.repeats + 1):
+            before = core_fraction(pool)
+            for strategy in strategies:
+                ranks: list[Pass] = pool.run(run_rank, problem, strategy, False, timeout_s=TIMEOUT_S)
+                after = core_fraction(pool)
+                wall = sum(max(getattr(rank, way).wall for rank in ranks) for way in DIRECTIONS)
+                cpu = sum(getattr(rank, way).cpu for rank in ranks for way in DIRECTIONS)
+                if turn:  # the first pass pays for whatever happens only once
+                    samples[strategy].append(Sample((before + after) / 2, wall, cpu))
+                before = after
+                advance(1)
+    for strategy, found in samples.items():
+        yield {"seq": seq, "cp": cp, "strategy": strategy.name, **_compare(problem, cp, strategy, found, device, network)}
+
+
+def _compare(
+    problem: Problem, cp: int, strategy: Strategy, samples: Sequence[Sample], device: Device, network: Network
+) -> dict[str, Any]:
+    """Medians over passes, each simulated with the share of the cores that there was around it."""
+    case = strategy, problem.layout(cp), problem.mask, problem.shape
+    cores = len(os.sched_getaffinity(0))
+    simulated = [
+        layer_seconds(*case, Cluster("this machine", device, topology(network, cores * sample.fraction))) for sample in samples
+    ]
+    steps = [(way, step) for way in DIRECTIONS for rank in costed_steps(*case, way) for step in rank]
+    compute = sum(device.seconds(call, way, problem.shape.head_dim) for way, step in steps for call in step.calls)
+    cpu = compute + sum(2 * network.cpu_s_per_byte * send.bytes for _, step in steps for send in step.sends)
+    measured_cpu = median(sample.cpu for sample in samples)
+    return {
+        "core_fraction": median(sample.fraction for sample in samples),
+        "simulated_s": median(simulated),
+        "measured_s": median(sample.wall for sample in samples),
+        "error": median(mine / sample.wall - 1 for mine, sample in zip(simulated, samples, strict=True)),
+        "simulated_cpu_s": cpu,
+        "measured_cpu_s": measured_cpu,
+        "cpu_error": cpu / measured_cpu - 1,
+    }
+
+
+def _print_machine(device: Device, network: Network) -> None:
+    sizes = device.forward.rows
+    say(f"attention on one core, GFLOP/s of CPU time, calls of {', '.join(map(str, sizes))}:")
+    rows = []
+    for way in DIRECTIONS:
+        full, causal = getattr(device, way), getattr(device, f"causal_{way}")
+        rates = [*(full.flops[i][i] for i in range(len(sizes))), *(line[0] for line in causal.flops)]
+        rows.append((way, *(f"{rate / 1e9:.0f}" for rate in rates)))
+    table(("", *(f"{kind} {size}" for kind in ("full", "causal") for size in sizes)), rows, align="l" + "r" * 2 * len(sizes))
+    say(
+        f"gloo: {network.one_way / 1e9:.2f} GB/s one way, {network.two_way / 1e9:.2f} per direction both ways,"
+        f" {network.latency * 1e6:.0f} us, {network.cpu_s_per_byte * 1e9:.2f} core-seconds per GB at each end\n"
+    )
+
+
+def print_results(results: Sequence[dict[str, Any]]) -> None:
+    """Every strategy's times and errors, then what they come to."""
+    rows = [
+        (
+            row["seq"],
+            row["cp"],
+            row["strategy"],
+            f"{row['core_fraction']:.0%}",
+            *(f"{row[f'{what}_s']:.3f}" for what in ("simulated", "measured")),
+            f"{row['error']:+.0%}",
+            *(f"{row[f'{what}_cpu_s']:.3f}" for what in ("simulated", "measured")),
+            f"{row['cpu_error']:+.0%}",
+        )
+        for row in results
+    ]
+    columns = ("seq", "ranks", "strategy", "cores", "simulated", "measured", "error", "CPU simulated", "measured", "error")
+    table(columns, rows, align="rrlrrrrrrr")
+    say("seconds of forward and backward, medians; cores: share that other programs left us; CPU: all ranks together")
+    say(f"median error {median(abs(row['error']) for row in results):.0%} of wall time,", style="bold")
+    say(f"             {median(abs(row['cpu_error']) for row in results):.0%} of CPU time")
+    right, distinct = order_of(results)
+    say(f"pairs of strategies whose measured times differ by more than {DISTINCT:.0%}: {distinct}, in the right order: {right}")
+
+
+def order_of(results: Sequence[dict[str, Any]]) -> tuple[int, int]:
+    """(pairs simulated in the order in which they were measured, pairs measured to differ by more than DISTINCT)."""
+    right = distinct = 0
+    for one, two in itertools.combinations(results, 2):
+        fast, slow = sorted((one, two), key=lambda row: row["measured_s"])
+        alike = (one["seq"], one["cp"]) == (two["seq"], two["cp"])
+        if alike and slow["measured_s"] > (1 + DISTINCT) * fast["measured_s"]:
+            distinct += 1
+            right += slow["simulated_s"] > fast["simulated_s"]
+    return right, distinct
