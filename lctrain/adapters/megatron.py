@@ -44,8 +44,9 @@ def use_sequence_parallel_attention(spec: Any, strategy: str | Strategy = "ring"
     replaced = 0
     for layer in getattr(spec, "layer_specs", [spec]):
         attention = getattr(getattr(layer, "submodules", None), "self_attention", None)
-        if hasattr(getattr(attention, "submodules", None), "core_attention"):
-            attention.submodules.core_attention = ModuleSpec(SequenceParallelAttention, params={"strategy": strategy})
+        parts = getattr(attention, "submodules", None)
+        if parts is not None and hasattr(parts, "core_attention"):
+            parts.core_attention = ModuleSpec(SequenceParallelAttention, params={"strategy": strategy})
             replaced += 1
     if not replaced:
         raise ValueError("this spec has no self_attention with a core_attention: give a transformer layer's ModuleSpec")
@@ -130,8 +131,8 @@ class SequenceParallelAttention(MegatronModule):
         if sum(held) != q.shape[0]:
             raise ValueError(f"cu_seqlens hold {padded[-1]} tokens, {self.group.size} ranks hold {q.shape[0]} each")
         lengths = [end - start for start, end in itertools.pairwise(real)]
-        documents = zip(*(x.unsqueeze(1).split(held) for x in (q, k, v)), lengths, strict=True)
-        outs = [self._attend(*qkv, (0, length), causal) for *qkv, length in documents]
+        qs, ks, vs = (x.unsqueeze(1).split(held) for x in (q, k, v))
+        outs = [self._attend(q, k, v, (0, n), causal) for q, k, v, n in zip(qs, ks, vs, lengths, strict=True)]
         return torch.cat(outs).squeeze(1)
 
 
