@@ -58,7 +58,7 @@ def draw(logits: Tensor, temperature: float, top_k: int, top_p: float, generator
     """One token id from fp32 logits [V]."""
     if temperature == 0:
         return int(logits.argmax())
-    ordered, ids = (logits / temperature).softmax(dim=-1).sort(descending=True, stable=True)
+    ordered, ids = ((logits - logits.max()) / temperature).softmax(dim=-1).sort(descending=True, stable=True)
     if top_k:
         ordered = ordered[:top_k]
     before = ordered.cumsum(0) - ordered  # the likeliest token always stays

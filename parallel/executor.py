@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from lctrain.kernels.attention import fused
-from lctrain.kernels.attention.band import Band
 from lctrain.kernels.attention.merge import add_sinks, merge_
 from lctrain.parallel.courier import Courier
 from lctrain.parallel.group import SequenceGroup
@@ -134,9 +133,9 @@ class _Forward(_Run):
             out = torch.zeros_like(packed, dtype=self.wide).transpose(0, 1)
             lse = out.new_full((out.shape[0], out.shape[2], out.shape[1]), float("-inf"))
         for part in work.bands:
-            band = _shift(part.band, q_start, k_start)
+            band = part.band.moved(-q_start, -k_start)
             q_rows, k_rows, v_rows, out_rows, lse_rows = _of_rows(part, q, k, v, out, lse)
-            new_out, new_lse, at = fused.forward(q_rows, k_rows, v_rows, band, self.scale)
+            new_out, new_lse, at = fused.forward(q_rows, k_rows, v_rows, band, self.scale, partial=True)
             merge_(out_rows[:, at], lse_rows[:, :, at], new_out, new_lse)
         if work.q.owner != self.plan.rank:
             partial = (out.transpose(0, 1).to(self.q.dtype), lse.permute(2, 0, 1))
@@ -201,7 +200,7 @@ class _Backward(_Run):
             dk, dv = _unpack(joint)
         for part in work.bands:
             q, dout, out, lse, k_rows, v_rows, *into = _of_rows(part, *queries, k, v, dq, dk, dv)
-            fused.backward_(dout, q, k_rows, v_rows, out, lse, _shift(part.band, q_start, k_start), self.scale, into)
+            fused.backward_(dout, q, k_rows, v_rows, out, lse, part.band.moved(-q_start, -k_start), self.scale, into)
         if work.q.owner != rank:
             self.courier.add("dq", work.q, work.heads, (dq.transpose(0, 1),), q_start)
         if work.k.owner != rank:
@@ -253,11 +252,3 @@ def _unpack(joint: Tensor) -> tuple[Tensor, Tensor]:
 
 def _of_rows(part: RowBand, *tensors: Tensor) -> list[Tensor]:
     return [x[part.row0 : part.row1] for x in tensors]
-
-
-def _shift(band: Band, q_start: int, k_start: int) -> Band:
-    """The band with rows and columns counted from the given local indices."""
-    if not q_start and not k_start:
-        return band
-    lo, hi = (None if bound is None else bound + q_start - k_start for bound in (band.lo, band.hi))
-    return Band(band.q0 - q_start, band.q1 - q_start, band.k0 - k_start, band.k1 - k_start, lo, hi)

@@ -42,6 +42,11 @@ class Band(NamedTuple):
         reach = limit + self.q0 - self.k0 + 1  # live columns of the first row, if the rectangle were unbounded
         return _ramp(reach, rows) - _ramp(reach - columns, rows)
 
+    def moved(self, down: int, right: int) -> Band:
+        """The same entries in tensors whose indices are larger by `down` rows and `right` columns."""
+        lo, hi = (None if bound is None else bound + right - down for bound in (self.lo, self.hi))
+        return Band(self.q0 + down, self.q1 + down, self.k0 + right, self.k1 + right, lo, hi)
+
     def trim(self) -> Band | None:
         """The smallest equal band: no dead border rows or columns, no bound that does not bind; None if nothing is live.
 

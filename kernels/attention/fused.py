@@ -28,18 +28,27 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def forward(q: Tensor, k: Tensor, v: Tensor, band: Band, scale: float) -> tuple[Tensor, Tensor, slice]:
+def forward(q: Tensor, k: Tensor, v: Tensor, band: Band, scale: float, partial: bool = False) -> tuple[Tensor, Tensor, slice]:
     """Attention of one trimmed band.
 
     Args:
         q: [B, Sq, H, D]; k, v: [B, Sk, Hkv, D], last dimension contiguous. The band's indices count in these.
+        partial: the result will be merged with others. The CPU kernel rounds its output to the inputs' dtype, and rounding
+            before and after merging would err more than one process does: parts of a half-precision result are therefore
+            computed in fp32 there (as fast: its half-precision products are no faster).
 
     Returns:
-        out [B, rows, H, D] (fp32 if it took several blocks, else q's dtype), lse fp32 [B, H, rows] (fp64 for fp64), and the
-        slice of query rows they belong to.
+        out [B, rows, H, D] (fp32 if it took several blocks, else q's dtype or fp32), lse fp32 [B, H, rows] (fp64 for fp64),
+        and the slice of query rows they belong to.
     """
     rows = slice(band.q0, band.q1)
     blocks = _blocks(band, q)
+    if (partial or len(blocks) > 1) and not q.is_cuda:
+        wide = accumulation_dtype(q.dtype)
+        columns = slice(band.k0, band.k1)
+        q, k, v = q[:, rows].to(wide), k[:, columns].to(wide), v[:, columns].to(wide)
+        blocks = [block.moved(-band.q0, -band.k0) for block in blocks]
+        band = band.moved(-band.q0, -band.k0)
     if len(blocks) == 1:
         out, lse = _forward_block(q, k, v, blocks[0], scale)
         return out, lse, rows
@@ -157,7 +166,7 @@ def _additive_mask(block: Block, dtype: torch.dtype, device: torch.device) -> Te
     return _mask(band.q1 - band.q0, band.k1 - band.k0, lo, hi, dtype, device)
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=16)  # of 4 MB at most each
 def _mask(rows: int, columns: int, lo: int | None, hi: int | None, dtype: torch.dtype, device: torch.device) -> Tensor:
     live = Band(0, rows, 0, columns, lo, hi).live(device)
     return torch.zeros(rows, columns, dtype=dtype, device=device).masked_fill_(~live, float("-inf"))

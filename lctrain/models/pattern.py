@@ -7,6 +7,9 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+MAX_LAYERS, MAX_DEPTH = 10_000, 50
+"""What no model has, and only a slip of the keyboard asks for."""
+
 SYMBOLS = {"*": "attention", "W": "windowed attention", "-": "MLP"}
 
 
@@ -19,7 +22,7 @@ class LayerSpec(NamedTuple):
 
 def parse_pattern(pattern: str) -> tuple[LayerSpec, ...]:
     """Expand `(*-){2}W-` into one LayerSpec per sublayer; ValueError points at the character that does not fit."""
-    symbols, end = _items(pattern, 0)
+    symbols, end = _items(pattern, 0, 0)
     if end != len(pattern):
         raise ValueError(f"pattern {pattern!r}: unexpected {pattern[end]!r} at character {end + 1}")
     if not symbols:
@@ -27,11 +30,13 @@ def parse_pattern(pattern: str) -> tuple[LayerSpec, ...]:
     return tuple(LayerSpec(symbol, place) for place, symbol in enumerate(symbols))
 
 
-def _items(pattern: str, at: int) -> tuple[list[str], int]:
+def _items(pattern: str, at: int, depth: int) -> tuple[list[str], int]:
+    if depth > MAX_DEPTH:
+        raise ValueError(f"pattern has parentheses nested deeper than {MAX_DEPTH}")
     expanded: list[str] = []
     while at < len(pattern) and pattern[at] != ")":
         if pattern[at] == "(":
-            item, at = _items(pattern, at + 1)
+            item, at = _items(pattern, at + 1, depth + 1)
             if at >= len(pattern):
                 raise ValueError(f"pattern {pattern!r}: a '(' is never closed")
             at += 1
@@ -41,6 +46,8 @@ def _items(pattern: str, at: int) -> tuple[list[str], int]:
             known = ", ".join(f"{symbol} ({name})" for symbol, name in SYMBOLS.items())
             raise ValueError(f"pattern {pattern!r}: unknown symbol {pattern[at]!r} at character {at + 1}; known are {known}")
         count, at = _count(pattern, at)
+        if len(expanded) + len(item) * count > MAX_LAYERS:
+            raise ValueError(f"pattern {pattern[:60]!r} expands to more than {MAX_LAYERS:,} sublayers")
         expanded += item * count
     return expanded, at
 
