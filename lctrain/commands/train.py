@@ -61,26 +61,22 @@ def _start_processes(args: list[str]) -> int:
 
 
 def _rank_main(config: TrainConfig, process: Process, rendezvous: str | None) -> int:
-    import torch.distributed as dist
-
     from lctrain.devices import choose_device
-    from lctrain.launch.process import init_process_group
+    from lctrain.launch.process import init_process_group, leave_process_group
     from lctrain.train import train
 
     device = choose_device(config.engine.device, process.local_rank, process.local_size)
     init_process_group(process, rendezvous, device.type, config.launcher.timeout_s)
     status = train(config, process)
-    dist.destroy_process_group()
+    leave_process_group()
     return status
 
 
 def _join_processes(args: list[str], process: Process) -> int:
     """One rank that torchrun, or anything that sets its variables, has started."""
-    import torch.distributed as dist
-
     from lctrain.checkpoint.agree import from_rank_0
     from lctrain.devices import choose_device
-    from lctrain.launch.process import init_process_group
+    from lctrain.launch.process import init_process_group, leave_process_group
     from lctrain.train import train
 
     config = load(TrainConfig, "train", [*args, f"launcher.processes={process.world_size}"])
@@ -89,7 +85,7 @@ def _join_processes(args: list[str], process: Process) -> int:
     with ExitStack() as held:
         from_rank_0(lambda: held.enter_context(_prepare(config)) and None)
         status = train(config, process)
-        dist.destroy_process_group()
+        leave_process_group()
     sys.stdout.flush()
     return status
 

@@ -58,3 +58,14 @@ def init_process_group(process: Process, rendezvous: str | None, device: str, ti
         world_size=process.world_size,
         timeout=timedelta(seconds=timeout_s),
     )
+
+
+def leave_process_group() -> None:
+    """End this process's part in the run's process groups, once all others have come to their end too.
+
+    A gloo group that is destroyed while a peer still uses it can abort the peer.
+    """
+    import torch.distributed as dist
+
+    dist.barrier()
+    dist.destroy_process_group()
