@@ -62,13 +62,21 @@ def _start_processes(args: list[str]) -> int:
 
 def _rank_main(config: TrainConfig, process: Process, rendezvous: str | None) -> int:
     from lctrain.devices import choose_device
-    from lctrain.launch.process import init_process_group, leave_process_group
-    from lctrain.train import train
+    from lctrain.launch.process import init_process_group
 
     device = choose_device(config.engine.device, process.local_rank, process.local_size)
     init_process_group(process, rendezvous, device.type, config.launcher.timeout_s)
-    status = train(config, process)
-    leave_process_group()
+    return _train(config, process)
+
+
+def _train(config: TrainConfig, process: Process) -> int:
+    from lctrain.launch.process import leave_process_group
+    from lctrain.launch.signals import StopRequest
+    from lctrain.train import train
+
+    with StopRequest():  # no signal may end a rank that waits for rank 0 to draw the loss curve
+        status = train(config, process)
+        leave_process_group()
     return status
 
 
@@ -76,16 +84,14 @@ def _join_processes(args: list[str], process: Process) -> int:
     """One rank that torchrun, or anything that sets its variables, has started."""
     from lctrain.checkpoint.agree import from_rank_0
     from lctrain.devices import choose_device
-    from lctrain.launch.process import init_process_group, leave_process_group
-    from lctrain.train import train
+    from lctrain.launch.process import init_process_group
 
     config = load(TrainConfig, "train", [*args, f"launcher.processes={process.world_size}"])
     device = choose_device(config.engine.device, process.local_rank, process.local_size)
     init_process_group(process, None, device.type, config.launcher.timeout_s)
     with ExitStack() as held:
         from_rank_0(lambda: held.enter_context(_prepare(config)) and None)
-        status = train(config, process)
-        leave_process_group()
+        status = _train(config, process)
     sys.stdout.flush()
     return status
 

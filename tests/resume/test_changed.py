@@ -50,6 +50,6 @@ def test_from_an_earlier_checkpoint_by_its_path(copy_of_reference, reference):
     assert (status, err) == (0, "")
     assert "warning: a checkpoint later than step 8, which the run no longer leads to, is now " in out
     now, then = run.metrics(), reference.metrics()
-    assert now[:5] == then[:5][:4] + [{**then[4], "lr": now[4]["lr"], "eval_loss": now[4]["eval_loss"]}]
+    assert now[:5] == [*then[:4], {**then[4], "lr": now[4]["lr"], "eval_loss": now[4]["eval_loss"]}]
     assert now[5]["loss"] != then[5]["loss"]
     assert len(now) == 12

@@ -97,12 +97,12 @@ def test_checkpoint_that_does_not_exist(training):
 
 def test_loss_that_is_not_finite(training):
     run = training("optim.lr=1e30", "checkpoint.every=1")
-    status, out, err = run.run()
+    status, _, err = run.run()
     assert (status, err.count("\n")) == (2, 1)
-    assert err.startswith("error: step 3: loss ")
-    assert "rank 0, sample 8, document" in err
+    assert err.startswith("error: step 2: loss ")
+    assert "rank 0, sample 4, document" in err
     assert err.endswith("stopped, checkpoints stay as they were\n")
-    assert run.checkpoints() == ["step-00000001", "step-00000002"]
+    assert run.checkpoints() == ["step-00000001"]
 
 
 @pytest.fixture

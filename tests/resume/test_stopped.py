@@ -78,3 +78,14 @@ def test_stop_while_a_checkpoint_is_read_leaves_it_alone(copy_of_reference):
     assert out.splitlines()[-1] == "SIGTERM: stopping after step 8 of 12"
     assert run.checkpoints() == ["step-00000004", "step-00000008"]
     assert (run.checkpoint(8) / "manifest.json").read_text() == before
+
+
+def test_stop_after_the_last_step_lets_the_run_end(copy_of_reference):
+    run = copy_of_reference(12, "tracking.plot=true")
+    run.start_held("lctrain.train:_plot", 1)
+    os.kill(run.launcher, signal.SIGTERM)
+    run.wait_until(lambda: "SIGTERM" in run.said(1))
+    run.go_on()
+    status, out, err = run.finish()
+    assert (status, err.count("\n")) == (0, 1)
+    assert out.splitlines()[-1] == f"loss curve: {run.run_dir}/loss.png"
