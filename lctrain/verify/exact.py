@@ -25,46 +25,54 @@ class Results(NamedTuple):
 
 def exact(inputs: Inputs, mask: AttentionMask) -> Results:
     """Results in fp64. A sink is one more key per head, with the given score and the value 0."""
-    q, k, v, dout = (x.double() for x in inputs[:4])
-    leaves = [x.requires_grad_() for x in (q, k, v)]
-    live = mask.live(q.shape[1]).expand(len(q), -1, -1)
-    out, lse = reference.attention(*leaves, live)
-    sinks = None
+    live = mask.live(inputs.q.shape[1]).expand(len(inputs.q), -1, -1)
+    group = inputs.q.shape[2] // inputs.k.shape[2]
+    rows = []
+    for row in range(len(inputs.q)):  # head by head: textbook scores of all would be slow to allocate
+        heads = range(inputs.k.shape[2])
+        parts = [_exact(inputs, live[row], row, slice(kv * group, (kv + 1) * group), slice(kv, kv + 1)) for kv in heads]
+        rows.append([torch.cat(tensors) for tensors in zip(*parts, strict=True)])
+    out, dq, dk, dv, lse, dsinks = (torch.stack(tensors) for tensors in zip(*rows, strict=True))
+    out, dq, dk, dv = (x.transpose(1, 2) for x in (out, dq, dk, dv))
+    return Results(out, dq, dk, dv, lse, None if inputs.sinks is None else dsinks.sum(0))
+
+
+def _exact(inputs: Inputs, live: Tensor, row: int, q_heads: slice, kv_heads: slice) -> tuple[Tensor, ...]:
+    """out, dq, dk, dv [heads, T, D], lse [heads, T], dsinks [heads] of one sequence and one KV head."""
+    picked = zip(inputs[:4], (q_heads, kv_heads, kv_heads, q_heads), strict=True)
+    q, k, v, dout = (x[row : row + 1, :, heads].double() for x, heads in picked)
+    sinks = torch.zeros(q.shape[2]) if inputs.sinks is None else inputs.sinks[q_heads]
+    leaves = [x.requires_grad_() for x in (q, k, v, sinks.double())]
+    out, lse = reference.attention(q, k, v, live)
     if inputs.sinks is not None:
-        sinks = inputs.sinks.double().requires_grad_()
-        total = torch.logaddexp(lse, sinks[:, None])
+        total = torch.logaddexp(lse, leaves[3][:, None])
         out, lse = out * (lse - total).exp().transpose(1, 2).unsqueeze(-1), total
-    out.backward(dout)
-    grads = [leaf.grad if leaf.grad is not None else torch.zeros_like(leaf) for leaf in leaves]
-    return Results(out.detach(), *grads, lse.detach(), None if sinks is None else sinks.grad)
+    grads = torch.autograd.grad(out, leaves, dout, materialize_grads=True)
+    return (*(x.detach()[0].transpose(0, 1) for x in (out, *grads[:3])), lse.detach()[0], grads[3])
 
 
 def one_process(inputs: Inputs, mask: AttentionMask) -> Results:
-    """Results of torch's scaled_dot_product_attention in the inputs' dtype; sinks as a key of zeros with a bias on its score."""
-    bias = torch.zeros(1, 1, 1, 1, dtype=inputs.q.dtype).masked_fill(~mask.live(inputs.q.shape[1])[:, None], float("-inf"))
+    """Results of torch's scaled_dot_product_attention in the inputs' dtype; a sink is a key of zeros with a bias."""
+    tokens, heads = inputs.q.shape[1:3]
+    bias = torch.zeros((), dtype=inputs.q.dtype).masked_fill(~mask.live(tokens)[:, None], float("-inf"))
     empty = bias.isinf().all(dim=-1, keepdim=True)  # padding: the kernel would return NaN
     bias = bias.masked_fill(empty, 0)
     q, k, v, dout = (x.transpose(1, 2) for x in inputs[:4])
     if inputs.sinks is not None:
-        bias = torch.cat(
-            [bias.expand(-1, q.shape[1], -1, -1), inputs.sinks[:, None, None].expand(len(bias), -1, q.shape[2], 1)], -1
-        )
+        sinks = inputs.sinks[:, None, None].expand(len(bias), -1, tokens, 1)
+        bias = torch.cat([bias.expand(-1, heads, -1, -1), sinks], dim=-1)
         k, v = (torch.nn.functional.pad(x, (0, 0, 0, 1)) for x in (k, v))
-    leaves = [x.detach().contiguous().requires_grad_() for x in (q, k, v)]
-    group = q.shape[1] // k.shape[1]
-    with torch.no_grad():
-        _, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            leaves[0],
-            *(x.repeat_interleave(group, dim=1) for x in leaves[1:]),
-            attn_mask=bias.expand(len(q), q.shape[1], -1, -1),
-        )
-    out = torch.nn.functional.scaled_dot_product_attention(*leaves, attn_mask=bias, enable_gqa=True)
-    dout = dout.masked_fill(empty, 0)
-    out.backward(dout)
-    dq, dk, dv = (leaf.grad.transpose(1, 2)[:, : inputs.q.shape[1]] for leaf in leaves)
-    out = out.detach().masked_fill(empty, 0)
+    q, k, v = leaves = [x.detach().contiguous().requires_grad_() for x in (q, k, v)]
+    out = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=bias, enable_gqa=True)
+    dq, dk, dv = torch.autograd.grad(out, leaves, dout.masked_fill(empty, 0))
+    with torch.no_grad():  # the operator behind it, for the log-sum-exp
+        every = bias.expand(len(q), heads, -1, -1)
+        k, v = (x.repeat_interleave(heads // x.shape[1], dim=1) for x in (k, v))
+        _, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, attn_mask=every)
+    dq, dk, dv = (grad.transpose(1, 2)[:, :tokens] for grad in (dq, dk, dv))
+    out, empty_rows = out.detach().masked_fill(empty, 0), empty.squeeze(-1)
     dsinks = None
     if inputs.sinks is not None:
-        share = (inputs.sinks.float()[:, None] - lse).exp().masked_fill(empty.squeeze(-1), 0)
+        share = (inputs.sinks.float()[:, None] - lse).exp().masked_fill(empty_rows, 0)
         dsinks = -(share * (dout.float() * out.float()).sum(-1)).sum((0, 2))
-    return Results(out.transpose(1, 2), dq, dk, dv, lse.masked_fill(empty.squeeze(-1), float("-inf")), dsinks)
+    return Results(out.transpose(1, 2), dq, dk, dv, lse.masked_fill(empty_rows, float("-inf")), dsinks)

@@ -31,6 +31,8 @@ BF16_CASE_BAR = 2.0
 """The same for one case, where few numbers make the ratio noisy; errors below BF16_ROUNDING always pass."""
 BF16_ROUNDING = 2.0**-8
 TENSORS = ("out", "dq", "dk", "dv", "lse", "dsinks")
+POOLED_CASES = 30
+"""Fewer bf16 cases than this are not judged together."""
 POOLED = TENSORS[:-1]
 """Of which the error over one process's own is taken: the few numbers of dsinks make no steady ratio."""
 
@@ -50,9 +52,8 @@ def judge(case: Case, shares: Sequence[Share], wanted: Results, own: dict[str, f
     errors = {}
     for name in TENSORS[:-1]:
         parts = [share.errors[name] for share in shares]
-        errors[name] = relative(
-            name, getattr(wanted, name), max(p[0] for p in parts), math.fsum(p[1] for p in parts), rms=own is not None
-        )
+        top, squares = worst([part[0] for part in parts]), sum(part[1] for part in parts)
+        errors[name] = relative(name, getattr(wanted, name), top, squares, rms=own is not None)
     if wanted.dsinks is not None:
         dsinks = torch.stack([share.dsinks.double() for share in shares if share.dsinks is not None]).sum(0)
         errors["dsinks"] = error_of("dsinks", dsinks, wanted.dsinks, rms=own is not None)
@@ -61,6 +62,11 @@ def judge(case: Case, shares: Sequence[Share], wanted: Results, own: dict[str, f
         if not error <= bar:
             failures.append(f"{name} is off by {error:.1e}, allowed are {bar:.1e}")
     return Verdict(case, errors, own, (*failures, *wrong_bytes(case, shares)))
+
+
+def worst(errors: Sequence[float]) -> float:
+    """The largest, where nothing is worse than NaN (which max() would overlook)."""
+    return max(errors, key=lambda error: (math.isnan(error), error))
 
 
 def error_of(name: str, found: Tensor, wanted: Tensor, rms: bool) -> float:
@@ -96,8 +102,10 @@ def wrong_bytes(case: Case, shares: Sequence[Share]) -> list[str]:
 
 
 def pooled_ratio(verdicts: Sequence[Verdict], name: str) -> float | None:
-    """Error over one process's own in the mean square of bf16 cases that have both; None if there are none."""
+    """Error over one process's own in the mean square of the bf16 cases; None if these are too few to tell."""
     both = [(v.errors[name], v.own[name]) for v in verdicts if v.own is not None and name in v.errors]
+    if len(both) < POOLED_CASES:
+        return None
     own = math.fsum(b * b for _, b in both)
     return math.sqrt(math.fsum(a * a for a, _ in both) / own) if own else None
 

@@ -62,7 +62,8 @@ class Problem:
         """Standard normal tensors; the first rows of a larger batch are those of a smaller one."""
         rows = [self._row(row) for row in range(self.batch)]
         sinks = torch.randn(self.shape.n_heads, generator=self._generator("sinks")).to(self.shape.dtype)
-        return Inputs(*map(torch.stack, zip(*rows, strict=True)), sinks if self.mask == "sinks" else None)
+        q, k, v, dout = map(torch.stack, zip(*rows, strict=True))
+        return Inputs(q, k, v, dout, sinks if self.mask == "sinks" else None)
 
     def _row(self, row: int) -> tuple[Tensor, ...]:
         generator, shape = self._generator(row), self.shape

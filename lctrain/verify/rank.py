@@ -60,7 +60,10 @@ def _run(case: Case, rank: int, group: SequenceGroup, inputs: Inputs, mask: Atte
     forward = Counter(group.sent)
     out.backward(dout)
     sent = {"forward": forward, "backward": group.sent - forward}
-    found = {"out": out.detach(), "lse": lse, **{f"d{name}": leaf.grad for name, leaf in zip("qkv", leaves, strict=True)}}
+    found = {"out": out.detach(), "lse": lse}
+    for name, leaf in zip(("dq", "dk", "dv"), leaves, strict=True):
+        assert leaf.grad is not None
+        found[name] = leaf.grad
     dsinks = None if sinks is None else sinks.grad if sinks.grad is not None else torch.zeros_like(sinks)
     own = _owned(mask, layout, rank, len(q))
     errors, flaws = {}, []
@@ -70,7 +73,7 @@ def _run(case: Case, rank: int, group: SequenceGroup, inputs: Inputs, mask: Atte
         if tensor.isnan().any():
             flaws.append(f"NaN in {name}")
         if name != "lse" and tensor.masked_select(~real).any():
-            flaws.append(f"padding has a {name} other than 0")
+            flaws.append(f"{name} of padding is not 0")
         error = tensor.double() - layout.shard(getattr(wanted, name), rank, dim)
         error = error.masked_select(real.expand_as(error))
         errors[name] = float(error.abs().max()) if len(error) else 0.0, float(error.square().sum())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections import defaultdict
 from collections.abc import Sequence
@@ -12,7 +13,7 @@ from lctrain.config.verify import AttentionVerifyConfig
 from lctrain.console import say, table
 from lctrain.environment import describe_environment
 from lctrain.errors import UserError
-from lctrain.verify.judge import BF16_BAR, FP32_BAR, POOLED, TENSORS, Verdict, pooled_failures, pooled_ratio
+from lctrain.verify.judge import BF16_BAR, FP32_BAR, POOLED, TENSORS, Verdict, pooled_failures, pooled_ratio, worst
 from lctrain.whole_file import write_json
 
 SHOWN = 20
@@ -100,14 +101,21 @@ class Report:
         failures = [{"what": what, "command": command} for what, command in self.failures]
         settings = config.model_dump(mode="json", exclude={"output"})
         content = {"verify": "attention", "settings": settings, "machine": describe_environment()}
-        write_json(Path(config.output), {**content, "results": self.rows(), "failures": failures})
+        results = [row | {"fp32": {name: _finite(error) for name, error in row["fp32"].items()}} for row in self.rows()]
+        write_json(Path(config.output), {**content, "results": results, "failures": failures})
         say(f"report in {config.output}")
 
     def _worst(self, found: Sequence[Verdict], name: str) -> float | None:
-        return max((v.errors[name] for v in found if v.own is None and name in v.errors), default=None)
+        errors = [v.errors[name] for v in found if v.own is None and name in v.errors]
+        return worst(errors) if errors else None
 
     def _ratios(self, key: Key) -> dict[str, float | None]:
         return {name: pooled_ratio(self._verdicts[key], name) for name in POOLED}
+
+
+def _finite(number: float | None) -> float | str | None:
+    """JSON has no inf and no NaN."""
+    return number if number is None or math.isfinite(number) else str(number)
 
 
 def _scientific(number: float | None) -> str:
