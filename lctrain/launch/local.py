@@ -98,8 +98,7 @@ class _Ranks:
                 return 128 + signal.Signals[stop.requested or "SIGTERM"]
             if failed_at is None and any(end.status for end in self.ends):
                 failed_at = now
-                time.sleep(SETTLE_S)
-                self._collect()
+                self._settle()
                 status = self._explain(self._first_cause(), stop.requested)
             if failed_at is not None and self.alive:
                 if not terminated and now > failed_at + min(FAIL_ALONE_S, grace_s / 2):
@@ -109,6 +108,16 @@ class _Ranks:
                     _say(f"{_list(self.alive)} did not end within {grace_s:g} s: killed")
                     self.kill()
         return status
+
+    def _settle(self) -> None:
+        """Collect the ranks that die together; as long as all have aborted, the one that made them is probably still to come."""
+        began = time.monotonic()
+        while self.alive:
+            aborted = all(end.status == -signal.SIGABRT for end in self.ends if end.status)
+            if time.monotonic() > began + (FAIL_ALONE_S if aborted else SETTLE_S):
+                break
+            time.sleep(0.01)
+            self._collect()
 
     def kill(self) -> None:
         """End what is left, and wait for it."""
