@@ -110,7 +110,7 @@ class _Ranks:
         return status
 
     def _settle(self) -> None:
-        """Collect the ranks that die together; as long as all have aborted, the one that made them is probably still to come."""
+        """Collect the ranks that die together; while all have aborted, the one that made them is still to come."""
         began = time.monotonic()
         while self.alive:
             aborted = all(end.status == -signal.SIGABRT for end in self.ends if end.status)
