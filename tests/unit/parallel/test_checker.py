@@ -121,6 +121,12 @@ def duplicate_transfer(draft: Draft, draw: Draw) -> None:
     draft.add(*a_send(draft, draw))
 
 
+def send_again_later(draft: Draft, draw: Draw) -> None:
+    rank, step, sent = a_send(draft, draw, COPIES)
+    again = draw(st.integers(step, len(draft.ranks[0]) - 1))
+    draft.add(rank, again, sent._replace(until=again if again > step else sent.until))
+
+
 def redirect_send(draft: Draft, draw: Draw) -> None:
     """To a rank that has no business with the item."""
     rank, step, sent = a_send(draft, draw)
@@ -224,7 +230,7 @@ def useless_copy(draft: Draft, draw: Draw) -> None:
 
 MUTATIONS = [
     drop_tile, duplicate_tile, tile_on_another_rank, dead_tile, tile_of_unknown_heads, drop_send, drop_receive,
-    drop_transfer, drop_last_return, duplicate_transfer, redirect_send, send_to_itself, another_owner, unknown_kind,
+    drop_transfer, drop_last_return, duplicate_transfer, send_again_later, redirect_send, send_to_itself, another_owner, unknown_kind,
     send_before_arrival, send_before_computed, send_too_late, due_too_late, due_on_one_side, due_never, due_before_sent,
     one_step_short, useless_copy,
 ]  # fmt: skip
@@ -288,6 +294,19 @@ def test_refuses_another_world_size() -> None:
     schedule = STRATEGIES["ring"](Problem(three, "forward", 1))
     with pytest.raises(ScheduleError, match="made for 3 ranks"):
         check(schedule, four)
+
+
+def test_says_what_is_there_twice() -> None:
+    tiles = TileMap(SequenceLayout("zigzag", 4, 64), AttentionMask.dense(64))
+    draft = Draft(STRATEGIES["ring"](Problem(tiles, "forward", 1)), tiles)
+    rank, step, sent = draft.each(1)[0]
+    draft.add(rank, step, sent)
+    with pytest.raises(ScheduleError, match="step 0: sent twice: "):
+        check(draft.schedule(), draft.tiles)
+    draft.remove(rank, step, sent)
+    draft.add(rank, step + 1, sent._replace(until=step + 1))
+    with pytest.raises(ScheduleError, match=r"step 1: rank \d receives .* which it has"):
+        check(draft.schedule(buffers=9), draft.tiles)
 
 
 def test_says_where() -> None:
