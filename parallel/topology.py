@@ -12,11 +12,15 @@ Duplex = Literal["full", "half"]
 
 @dataclasses.dataclass(frozen=True)
 class Link:
-    """A port. full duplex: `bandwidth` each way at once; half: both ways share it. latency: both sides ready to first byte."""
+    """A port. full duplex: `bandwidth` each way at once; half: both ways share it. latency: both sides ready to first byte.
+
+    alone: bandwidth that one message gets at most, however free the port; None: all of it.
+    """
 
     bandwidth: float
     latency: float
     duplex: Duplex = "full"
+    alone: float | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,7 +67,7 @@ class Machine:
     def message(self, source: int, target: int) -> dict[Resource, float]:
         """Resources per byte sent from one rank to another."""
         link, cost = self.topology.link(source, target), self.topology.cpu_s_per_byte
-        weights: dict[Resource, float] = {}
+        weights: dict[Resource, float] = {} if link.alone is None else {Resource(link.alone): 1.0}
         for rank, way in ((source, "out"), (target, "in")):
             port = (
                 ("rank", rank) if link is self.topology.inside else ("node", self.topology.node(rank), self.topology.card(rank))

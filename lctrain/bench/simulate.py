@@ -40,13 +40,16 @@ def bench_simulate(config: SimulateBenchConfig) -> int:
     """Calibrate, measure, simulate, print, store."""
     check_output(config)
     machine = introduce_machine()
-    with closing(RankPool(2)) as pool, progress("this machine's kernel and network", 2, "parts") as advance:
-        device = measure_device(pool, Problem.of(config, config.seq[0]).shape)
-        advance(1)
+    shape = Problem.of(config, config.seq[0]).shape
+    with closing(RankPool(2)) as pool:
         network = measure_network(pool)
-        advance(1)
-    _print_machine(device, network)
-    results = [row for seq in config.seq for cp in config.cp for row in _measure(config, seq, cp, device, network)]
+    devices = dict[int, Device]()
+    for cp in config.cp:
+        with closing(RankPool(cp)) as pool, progress(f"attention kernel, {cp} ranks at once", 1) as advance:
+            devices[cp] = measure_device(pool, shape)
+            advance(1)
+    _print_machine(devices, network)
+    results = [row for seq in config.seq for cp in config.cp for row in _measure(config, seq, cp, devices[cp], network)]
     print_results(results)
     store(config, "simulate", machine, results)
     return 0
@@ -96,15 +99,16 @@ def _compare(
     }
 
 
-def _print_machine(device: Device, network: Network) -> None:
-    sizes = device.forward.rows
-    say(f"attention on one core, GFLOP/s of CPU time, calls of {', '.join(map(str, sizes))}:")
+def _print_machine(devices: dict[int, Device], network: Network) -> None:
+    sizes = next(iter(devices.values())).forward.rows
     rows = []
-    for way in DIRECTIONS:
-        full, causal = getattr(device, way), getattr(device, f"causal_{way}")
-        rates = [*(full.flops[i][i] for i in range(len(sizes))), *(line[0] for line in causal.flops)]
-        rows.append((way, *(f"{rate / 1e9:.0f}" for rate in rates)))
-    table(("", *(f"{kind} {size}" for kind in ("full", "causal") for size in sizes)), rows, align="l" + "r" * 2 * len(sizes))
+    for cp, device in devices.items():
+        for way in DIRECTIONS:
+            full, causal = getattr(device, way), getattr(device, f"causal_{way}")
+            rates = [*(full.flops[i][i] for i in range(len(sizes))), *(line[0] for line in causal.flops)]
+            rows.append((cp, way, *(f"{rate / 1e9:.0f}" for rate in rates)))
+    columns = ("ranks", "kernel", *(f"{kind} {size}" for kind in ("full", "causal") for size in sizes))
+    table(columns, rows, title="GFLOP/s of a core, by CPU time, all ranks at once", align="rl" + "r" * 2 * len(sizes))
     say(
         f"gloo: {network.one_way / 1e9:.2f} GB/s one way, {network.two_way / 1e9:.2f} per direction both ways,"
         f" {network.latency * 1e6:.0f} us, {network.cpu_s_per_byte * 1e9:.2f} core-seconds per GB at each end\n"

@@ -25,12 +25,15 @@ class LinkConfig(Strict):
     """Microseconds from both sides being ready to the first byte."""
     duplex: Literal["full", "half"] = "full"
     """Whether both directions can be used at once."""
+    message_gb_per_s: PositiveFloat | None = None
+    """Most that a single message gets, however free the port; null: all of it."""
 
     def build(self) -> Link:
         """In bytes and seconds."""
         from lctrain.parallel.topology import Link
 
-        return Link(self.gb_per_s * 1e9, self.latency_us * 1e-6, self.duplex)
+        alone = None if self.message_gb_per_s is None else self.message_gb_per_s * 1e9
+        return Link(self.gb_per_s * 1e9, self.latency_us * 1e-6, self.duplex, alone)
 
 
 class RatesConfig(Strict):
