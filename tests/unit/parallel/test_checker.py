@@ -229,11 +229,31 @@ def useless_copy(draft: Draft, draw: Draw) -> None:
 
 
 MUTATIONS = [
-    drop_tile, duplicate_tile, tile_on_another_rank, dead_tile, tile_of_unknown_heads, drop_send, drop_receive,
-    drop_transfer, drop_last_return, duplicate_transfer, send_again_later, redirect_send, send_to_itself, another_owner,
-    unknown_kind, send_before_arrival, send_before_computed, send_too_late, due_too_late, due_on_one_side, due_never, due_before_sent,
-    one_step_short, useless_copy,
-]  # fmt: skip
+    drop_tile,
+    duplicate_tile,
+    tile_on_another_rank,
+    dead_tile,
+    tile_of_unknown_heads,
+    drop_send,
+    drop_receive,
+    drop_transfer,
+    drop_last_return,
+    duplicate_transfer,
+    send_again_later,
+    redirect_send,
+    send_to_itself,
+    another_owner,
+    unknown_kind,
+    send_before_arrival,
+    send_before_computed,
+    send_too_late,
+    due_too_late,
+    due_on_one_side,
+    due_never,
+    due_before_sent,
+    one_step_short,
+    useless_copy,
+]
 
 
 @st.composite
