@@ -24,17 +24,15 @@ from lctrain.verify.matrix import Case
 from lctrain.verify.rank import Share, layout_of
 
 FP32_BAR = 2e-6
-BF16_BAR = 1.25
-"""Error over one process's own, over all cases of a strategy together. A fused kernel rounds the result of every tile to bf16;
-one process has one tile, so its results are rounded once, and those that are merged from tiles once more."""
+BF16_BARS = {"out": 1.1, "lse": 1.1, "dq": 1.25, "dk": 1.25, "dv": 1.25}
+"""Error over one process's own, over all cases of a strategy. A fused kernel rounds the gradients of every tile to bf16;
+one process has one tile, so its gradients are rounded once, and those that are added up from tiles once more."""
 BF16_CASE_BAR = 2.0
 """The same for one case, where few numbers make the ratio noisy; errors below BF16_ROUNDING always pass."""
 BF16_ROUNDING = 2.0**-8
 TENSORS = ("out", "dq", "dk", "dv", "lse", "dsinks")
 POOLED_CASES = 30
-"""Fewer bf16 cases than this are not judged together."""
-POOLED = TENSORS[:-1]
-"""Of which the error over one process's own is taken: the few numbers of dsinks make no steady ratio."""
+"""Fewer bf16 cases than this are not judged together, nor are the few numbers of dsinks: they make no steady ratio."""
 
 
 class Verdict(NamedTuple):
@@ -113,7 +111,7 @@ def pooled_ratio(verdicts: Sequence[Verdict], name: str) -> float | None:
 def pooled_failures(ratios: Mapping[str, float | None]) -> list[str]:
     """Tensors whose pooled bf16 error is above the bar."""
     return [
-        f"{name}: bf16 error is {ratio:.2f} times one process's own over all cases, allowed are {BF16_BAR}"
+        f"{name}: bf16 error is {ratio:.2f} times one process's own over all cases, allowed are {BF16_BARS[name]}"
         for name, ratio in ratios.items()
-        if ratio is not None and ratio > BF16_BAR
+        if ratio is not None and ratio > BF16_BARS[name]
     ]
