@@ -3,8 +3,8 @@
 Each rank walks through its steps as the executor does. At the start of a step its sends and receives are posted and its kernel
 calls begin; the step ends when the calls are done and every transfer that is due in it has arrived. A transfer moves once both
 sides have posted it and the link's latency has passed; all that one rank sends to another from the same step to the same step
-is one message. Messages share ports, cards and cores as lctrain.parallel.sharing says. Not modelled: copying into messages,
-merging of partial results (beyond what the measured kernel calls contain), and what communication kernels take from a GPU.
+is one message. Messages share ports, cards and cores as lctrain.parallel.sharing says. Not modelled, beyond what measured calls
+and messages contain: packing of messages, adding up of partial results, and what communication takes from a GPU's own units.
 """
 
 from __future__ import annotations
