@@ -39,7 +39,7 @@ def load_run(path: str, checkpoint: str | None, device: torch.device) -> tuple[T
 def generate(
     model: LanguageModel, prompt: Tensor, tokens: int, eod: int, temperature: float, top_k: int, top_p: float, seed: int
 ) -> Iterator[int]:
-    """Token ids that continue `prompt` (int64 [n], n >= 1), up to `tokens` of them or the end-of-document id, which is not given.
+    """Token ids that continue `prompt` (int64 [n], n >= 1): at most `tokens`, and none from the end-of-document id on.
 
     Draws from softmax(logits / temperature), cut to the top_k likeliest and then to the smallest set of mass top_p.
     """

@@ -35,7 +35,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, band: Band, scale: float, partial: 
         q: [B, Sq, H, D]; k, v: [B, Sk, Hkv, D], last dimension contiguous. The band's indices count in these.
         partial: the result will be merged with others. The CPU kernel rounds its output to the inputs' dtype, and rounding
             before and after merging would err more than one process does: parts of a half-precision result are therefore
-            computed in fp32 there (as fast: its half-precision products are no faster).
+            computed in fp32 there. CUDA's kernels offer no such choice.
 
     Returns:
         out [B, rows, H, D] (fp32 if it took several blocks, else q's dtype or fp32), lse fp32 [B, H, rows] (fp64 for fp64),
@@ -62,6 +62,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, band: Band, scale: float, partial: 
     return out, lse, rows
 
 
+@torch.no_grad()
 def backward_(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, band: Band, scale: float, into: Sequence[Tensor]
 ) -> None:
@@ -70,8 +71,15 @@ def backward_(
     Args:
         dout, q, out: [B, Sq, H, D] in one dtype; k, v: [B, Sk, Hkv, D]; lse: [B, H, Sq]. out and lse are the rows' final ones.
         into: accumulators shaped like q, k, v, of any float dtype (fp32 keeps the sum exact).
+
+    On CPU the parts of a half-precision gradient are computed in fp32, as in `forward`.
     """
-    dq, dk, dv = into
+    rows, columns = slice(band.q0, band.q1), slice(band.k0, band.k1)
+    dq, dk, dv = into[0][:, rows], into[1][:, columns], into[2][:, columns]
+    dout, q, out, lse = dout[:, rows], q[:, rows], out[:, rows], lse[:, :, rows]
+    k, v, band = k[:, columns], v[:, columns], band.moved(-band.q0, -band.k0)
+    if not q.is_cuda:
+        dout, q, k, v, out = (x.to(accumulation_dtype(q.dtype)) for x in (dout, q, k, v, out))
     for block in _blocks(band, q):
         rows, columns = slice(block.band.q0, block.band.q1), slice(block.band.k0, block.band.k1)
         parts = _backward_block(dout, q, k, v, out, lse, block, scale)

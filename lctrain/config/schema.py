@@ -372,7 +372,7 @@ class TrainConfig(Strict):
         staged = sum(stage.steps for stage in self.trainer.stages)
         if staged >= self.trainer.steps and self.trainer.stages:
             raise ValueError(
-                f"trainer.stages cover {staged} steps but trainer.steps={self.trainer.steps}: leave one step or more for seq_len"
+                f"trainer.stages cover {staged} steps of trainer.steps={self.trainer.steps}: leave one or more for seq_len"
             )
         return self
 

@@ -153,7 +153,7 @@ class TestRefused:
             ("optim.beta1=2", "optim.beta1=2: must be a finite number at least 0 and at most 1"),
             ("tracking.plot=1", "tracking.plot=1: must be true or false"),
             ("model.attention.window=0", "model.attention.window=0: must be a whole number above 0, or null"),
-            ("parallel.attention=rnig", "parallel.attention=rnig: must be one of ring, bidirectional_ring, double_ring, token_ring,"),
+            ("parallel.attention=rnig", "parallel.attention=rnig: must be one of ring, bidirectional_ring, double_ring,"),
             ("trainer=5", "trainer=5: must be a section with steps, seq_len, "),
             ("data.corpora=[]", "data.corpora=[]: must be a list of sections with prefix, weight, source, not empty"),
             ("data.corpora=a", "data.corpora.0=a (argument data.corpora=a): must be a section with prefix, weight, source"),

@@ -62,7 +62,7 @@ def ours(q: Tensor, k: Tensor, v: Tensor, dout: Tensor, band: Band) -> list[Tens
     into = [torch.zeros_like(x, dtype=wide) for x in (q, k, v)]
     fused.backward_(dout, q, k, v, out, lse, band, SCALE, into)
     whole = fused.backward_whole(dout, q, k, v, out, lse, band, SCALE)
-    if whole is not None:
+    if whole is not None and q.dtype != torch.bfloat16:  # parts of bf16 gradients are computed in fp32, a whole one is not
         for one, added in zip(whole, into, strict=True):
             torch.testing.assert_close(one, added.to(one.dtype))
     return [out, lse, *into]
@@ -105,10 +105,7 @@ def test_fp32(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["full", "causal", "causal with earlier keys", "window", "window wider than a block"])
 def test_bf16_is_as_exact_as_torch(name: str) -> None:
-    """Error against fp64 no larger than that of torch's own bf16 attention.
-
-    Where several blocks make a row, each block's out comes rounded to bf16 from torch's operator, so `out` is rounded twice.
-    """
+    """Error against fp64 no larger than that of torch's own bf16 attention, however many blocks make a row."""
     band = BANDS[name].trim()
     tensors = inputs((4, 2), torch.bfloat16)
     mask = live(band, QUERIES, KEYS)
@@ -128,8 +125,7 @@ def test_bf16_is_as_exact_as_torch(name: str) -> None:
     pairs = zip((out, *gradients), (theirs, *(x.grad for x in leaves)), (exact[0], *exact[2:]), strict=True)
     for name_, (a, b, want) in zip(("out", "dq", "dk", "dv"), pairs, strict=True):
         mine, torchs = (float((x.detach().double() - want).norm() / want.norm()) for x in (a, b))
-        limit = 1.4 if name_ == "out" and len(blocks.cut(band)) > 1 else 1.1
-        assert mine <= limit * torchs, f"{name_}: error {mine:.2e}, torch's own {torchs:.2e}"
+        assert mine <= 1.1 * torchs, f"{name_}: error {mine:.2e}, torch's own {torchs:.2e}"
 
 
 def test_parts_of_the_keys_add_up() -> None:
