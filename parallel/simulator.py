@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from functools import partial
 from typing import NamedTuple
 
 from lctrain.parallel.cost import CostedStep, costed_steps
@@ -175,7 +176,7 @@ class Simulation:
             if not message.waiting_for:
                 message.posted = self.time.now
                 latency = self.machine.topology.link(message.source, message.target).latency
-                self.time.start(Activity(latency, {}, lambda message=message: self._move(message)))
+                self.time.start(Activity(latency, {}, partial(self._move, message)))
         work = self.seconds[rank][step]
         self.time.start(Activity(work, self.machine.computation(rank) if work else {}, lambda: self._computed(rank, step)))
 

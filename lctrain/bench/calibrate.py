@@ -146,7 +146,7 @@ def _transfers(rank: int, world_size: int) -> dict[str, float]:
     big, arriving, total, small = (torch.zeros(count) for count in (*[MESSAGE // 4] * 3, 1))
     times: dict[str, list[float]] = {"one_way": [], "two_way": [], "latency": [], "cpu": []}
     for _ in range(2 * REPEATS):
-        times["one_way"].append(_seconds(lambda: _exchange(*((None, arriving) if rank else (big, None)), 1 - rank)))
+        times["one_way"].append(_seconds(lambda: _exchange(None, arriving, 0) if rank else _exchange(big, None, 1)))
         times["two_way"].append(_seconds(lambda: _exchange(big, arriving, 1 - rank)))
         times["latency"].append(_seconds(lambda: _exchange(small, torch.empty(1), 1 - rank)))
         cpu = time.process_time()

@@ -132,7 +132,8 @@ def print_results(results: Sequence[dict[str, Any]]) -> None:
     ]
     columns = ("seq", "ranks", "strategy", "cores", "simulated", "measured", "error", "CPU simulated", "measured", "error")
     table(columns, rows, align="rrlrrrrrrr")
-    say("seconds of forward and backward, medians; cores: share that other programs left us; CPU: all ranks together")
+    say("seconds of forward and backward, medians, as is the error of single passes; cores: share that other programs left us;")
+    say("CPU: all ranks together")
     say(f"median error {median(abs(row['error']) for row in results):.0%} of wall time,", style="bold")
     say(f"             {median(abs(row['cpu_error']) for row in results):.0%} of CPU time")
     right, distinct = order_of(results)

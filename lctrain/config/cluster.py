@@ -104,8 +104,10 @@ class ClusterConfig(Strict):
         from lctrain.parallel.simulator import Cluster
         from lctrain.parallel.topology import Topology
 
-        tables = ("forward", "backward", "causal_forward", "causal_backward")
-        device = Device(*(getattr(self.kernel, name).build() for name in tables), call_s=self.kernel.call_us * 1e-6)
+        kernel = self.kernel
+        full, causal = (kernel.forward, kernel.backward), (kernel.causal_forward, kernel.causal_backward)
+        forward, backward, causal_forward, causal_backward = (rates.build() for rates in (*full, *causal))
+        device = Device(forward, backward, causal_forward, causal_backward, kernel.call_us * 1e-6)
         links = self.inside.build(), self.between.build()
         topology = Topology(self.ranks_per_node, *links, self.cards, self.cpu_s_per_gb * 1e-9, self.cores)
         return Cluster(self.name, device, topology)

@@ -85,9 +85,12 @@ def _record_rank(rank: int, world_size: int, problem: Problem, strategy: Strateg
         return result, (start, end, [*note, *_computing(rank, start, end, note)])
 
     def one_pass() -> list[tuple[float, float, list[Bar]]]:
-        x = [x.detach().requires_grad_() for x in (q, k, v)]
-        settings = {"layout": layout, "mask": problem.mask, "group": group, "strategy": strategy, "need_lse": False}
-        (out, _), forward = timed(lambda: sequence_parallel_attention(*x, **settings))
+        x, y, z = (leaf.detach().requires_grad_() for leaf in (q, k, v))
+        (out, _), forward = timed(
+            lambda: sequence_parallel_attention(
+                x, y, z, layout=layout, mask=problem.mask, group=group, strategy=strategy, need_lse=False
+            )
+        )
         return [forward, timed(lambda: out.backward(dout))[1]]
 
     one_pass()

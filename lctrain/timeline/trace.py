@@ -19,7 +19,7 @@ def chrome_trace(title: str, phases: Sequence[Phase]) -> dict[str, Any]:
     for phase in phases:
         for (rank, lane), bars in lanes_of(phase.bars).items():
             for slot, bar in slots_of(bars):
-                track = LANES.index(lane) * TRACKS + slot  # type: ignore[arg-type]
+                track = LANES.index(lane) * TRACKS + slot
                 name = f"step {bar.label}" if bar.kind == "compute" and bar.label else bar.label or bar.kind
                 times = {"ts": (begin + bar.start) * 1e6, "dur": (bar.end - bar.start) * 1e6}
                 events.append({"name": name, "cat": phase.name, "ph": "X", "pid": rank, "tid": track, **times})
