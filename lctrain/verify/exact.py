@@ -74,5 +74,5 @@ def one_process(inputs: Inputs, mask: AttentionMask) -> Results:
     dsinks = None
     if inputs.sinks is not None:
         share = (inputs.sinks.float()[:, None] - lse).exp().masked_fill(empty_rows, 0)
-        dsinks = -(share * (dout.float() * out.float()).sum(-1)).sum((0, 2))
+        dsinks = -(share * (dout.float() * out.float()).sum(-1)).sum((0, 2)).to(inputs.sinks.dtype)
     return Results(out.transpose(1, 2), dq, dk, dv, lse.masked_fill(empty_rows, float("-inf")), dsinks)
