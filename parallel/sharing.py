@@ -70,13 +70,17 @@ class SharedTime:
     def run(self) -> None:
         """Until nothing is left to do."""
         self._share()
-        while self._ends:
-            self.now = max(self.now, self._ends[0][0])
-            while self._ends and self._ends[0][0] <= self.now * (1 + TOGETHER):
-                _, _, version, activity = heapq.heappop(self._ends)
-                if version == activity.version:
-                    self._end(activity)
+        while (end := self._next()) is not None:
+            self.now = max(self.now, end)
+            while (end := self._next()) is not None and end <= self.now * (1 + TOGETHER):
+                self._end(heapq.heappop(self._ends)[3])
             self._share()
+
+    def _next(self) -> float | None:
+        """When the next activity ends; ends foretold before a rate changed are forgotten."""
+        while self._ends and self._ends[0][2] != self._ends[0][3].version:
+            heapq.heappop(self._ends)
+        return self._ends[0][0] if self._ends else None
 
     def _end(self, activity: Activity) -> None:
         activity.version += 1

@@ -28,6 +28,14 @@ def test_equal_users_share_equally_until_one_is_done():
     assert ends_of((10.0, {port: 1.0}), (30.0, {port: 1.0})) == pytest.approx([2.0, 4.0])
 
 
+def test_the_clock_stops_at_the_last_end_though_rates_rose_before_it():
+    time, port = SharedTime(), Resource(1.0)
+    for work in (1.0, 2.0):
+        time.start(Activity(work, {port: 1.0}, lambda: None))
+    time.run()
+    assert time.now == pytest.approx(3.0)  # at its first rate, the second would have taken until 4
+
+
 def test_the_narrowest_resource_sets_the_pace():
     wide, narrow = Resource(100.0), Resource(10.0)
     # The first asks the wide port for 10 only, the second for all of it: 110 of 100, so each gets 10/11 of what it asks.

@@ -153,6 +153,8 @@ def test_no_faster_than_the_busiest_rank_or_port_and_nothing_is_lost(case):
             port = (rank, way) if within else ("card", topology.node(rank), way)
             ports[port] = ports.get(port, 0.0) + moved.bytes / (2e5 if within else 5e4)
     assert timeline.seconds >= max(ports.values(), default=0.0) * (1 - 1e-9)
+    ends = [one.end for one in (*timeline.computed, *timeline.moved, *timeline.waited)]
+    assert timeline.seconds == max(ends, default=0.0)
     sent = [sum(send.bytes for step in rank for send in step.sends) for rank in steps]
     assert sent == [sum(m.bytes for m in timeline.moved if m.source == rank) for rank in range(world)]
     for rank in timeline.ranks():
