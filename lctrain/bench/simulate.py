@@ -71,19 +71,23 @@ def _measure(config: SimulateBenchConfig, seq: int, cp: int, device: Device, net
                     samples[strategy].append(Sample((before + after) / 2, wall, cpu))
                 before = after
                 advance(1)
+    usual = median(sample.fraction for found in samples.values() for sample in found)
     for strategy, found in samples.items():
-        yield {"seq": seq, "cp": cp, "strategy": strategy.name, **_compare(problem, cp, strategy, found, device, network)}
+        row = _compare(problem, cp, strategy, found, usual, device, network)
+        yield {"seq": seq, "cp": cp, "strategy": strategy.name, **row}
 
 
 def _compare(
-    problem: Problem, cp: int, strategy: Strategy, samples: Sequence[Sample], device: Device, network: Network
+    problem: Problem, cp: int, strategy: Strategy, samples: Sequence[Sample], usual: float, device: Device, network: Network
 ) -> dict[str, Any]:
-    """Medians over passes, each simulated with the share of the cores that there was around it."""
+    """Medians over passes, each simulated with the share of the cores that there was around it; for the order of strategies,
+    every single pass and a simulation with the `usual` share."""
     case = strategy, problem.layout(cp), problem.mask, problem.shape
     cores = len(os.sched_getaffinity(0))
-    simulated = [
-        layer_seconds(*case, Cluster("this machine", device, topology(network, cores * sample.fraction))) for sample in samples
-    ]
+    *simulated, alike = (
+        layer_seconds(*case, Cluster("this machine", device, topology(network, cores * fraction)))
+        for fraction in (*(sample.fraction for sample in samples), usual)
+    )
     steps = [(way, step) for way in DIRECTIONS for rank in costed_steps(*case, way) for step in rank]
     compute = sum(device.seconds(call, way, problem.shape.head_dim) for way, step in steps for call in step.calls)
     cpu = compute + sum(2 * network.cpu_s_per_byte * send.bytes for _, step in steps for send in step.sends)
@@ -96,6 +100,8 @@ def _compare(
         "simulated_cpu_s": cpu,
         "measured_cpu_s": measured_cpu,
         "cpu_error": cpu / measured_cpu - 1,
+        "simulated_alike_s": alike,
+        "passes_s": [sample.wall for sample in samples],
     }
 
 
@@ -141,12 +147,16 @@ def print_results(results: Sequence[dict[str, Any]]) -> None:
 
 
 def order_of(results: Sequence[dict[str, Any]]) -> tuple[int, int]:
-    """(pairs simulated in the order in which they were measured, pairs measured to differ by more than DISTINCT)."""
+    """(pairs simulated in the order in which they were measured, pairs measured to differ by more than DISTINCT).
+
+    Passes of a pair are compared turn by turn, so that what other programs do meanwhile concerns both.
+    """
     right = distinct = 0
     for one, two in itertools.combinations(results, 2):
-        fast, slow = sorted((one, two), key=lambda row: row["measured_s"])
-        alike = (one["seq"], one["cp"]) == (two["seq"], two["cp"])
-        if alike and slow["measured_s"] > (1 + DISTINCT) * fast["measured_s"]:
+        if (one["seq"], one["cp"]) != (two["seq"], two["cp"]):
+            continue
+        ratio = median(a / b for a, b in zip(one["passes_s"], two["passes_s"], strict=True))
+        if max(ratio, 1 / ratio) > 1 + DISTINCT:
             distinct += 1
-            right += slow["simulated_s"] > fast["simulated_s"]
+            right += (ratio > 1) == (one["simulated_alike_s"] > two["simulated_alike_s"])
     return right, distinct

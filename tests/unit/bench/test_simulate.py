@@ -11,7 +11,7 @@ from lctrain.config.simulate import SimulateBenchConfig
 
 
 def row(seq, measured, simulated):
-    return {"seq": seq, "cp": 2, "measured_s": measured, "simulated_s": simulated}
+    return {"seq": seq, "cp": 2, "passes_s": [9.0, measured, measured], "simulated_alike_s": simulated}
 
 
 def test_order_counts_only_distinct_pairs_of_the_same_size():
