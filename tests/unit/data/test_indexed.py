@@ -127,7 +127,8 @@ def test_megatron_reads_ours(megatron, tmp_path, vocab):
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.int32, np.int64])
 def test_we_read_megatrons(megatron, tmp_path, dtype):
-    torch = pytest.importorskip("torch")
+    import torch
+
     rng = np.random.default_rng(2)
     documents = [rng.integers(0, 100, n) for n in (4, 1, 77)]
     builder = megatron.IndexedDatasetBuilder(str(tmp_path / "c.bin"), dtype=dtype)
@@ -143,7 +144,8 @@ def test_we_read_megatrons(megatron, tmp_path, dtype):
 
 @pytest.mark.filterwarnings("ignore")
 def test_files_are_the_same_byte_for_byte(megatron, tmp_path):
-    torch = pytest.importorskip("torch")
+    import torch
+
     documents = [np.arange(n) for n in LENGTHS]
     builder = megatron.IndexedDatasetBuilder(str(tmp_path / "m.bin"), dtype=np.uint16)
     for document in documents:
