@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
@@ -23,6 +24,9 @@ from lctrain.errors import UserError
 if TYPE_CHECKING:
     from lctrain.launch.process import Process
     from lctrain.run_dir import RunDir
+
+
+_SPEAKERS_TIME_S = 30.0
 
 
 def main(args: list[str]) -> int:
@@ -37,10 +41,11 @@ def main(args: list[str]) -> int:
     except UserError:
         import torch.distributed as dist
 
-        # All ranks raise it, or before they have met all of one machine: one line is enough.
-        if (process.rank if dist.is_initialized() else process.local_rank) == 0:
-            raise
-        return 2
+        # All ranks raise it, or before they have met all of one machine: one line is enough. The others wait for torchrun to end
+        # them, because the first that leaves has all the rest stopped, the one that speaks among them.
+        if (process.rank if dist.is_initialized() else process.local_rank) != 0:
+            time.sleep(_SPEAKERS_TIME_S)  # past it nobody has spoken: the mistake is this rank's alone
+        raise
 
 
 def _start_processes(args: list[str]) -> int:
