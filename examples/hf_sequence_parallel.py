@@ -17,7 +17,7 @@ from processes import compare
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from lctrain.adapters.huggingface import all_reduce_gradients, shard_batch, use_sequence_parallel_attention
-from lctrain.parallel.group import SequenceGroup
+from lctrain.parallel.group import RankGroup
 
 STEPS, LENGTH, VOCAB = 10, 500, 128
 DOCUMENTS = [90, 1, 250, 159]  # tokens in each
@@ -43,7 +43,7 @@ def make_row(step: int) -> torch.Tensor:
 
 def sharded(rank: int, world_size: int) -> list[float]:
     """The whole recipe: three calls of lctrain in an ordinary training loop."""
-    group = SequenceGroup(dist.group.WORLD)
+    group = RankGroup(dist.group.WORLD)
     model = use_sequence_parallel_attention(make_model())
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     positions = torch.cat([torch.arange(length) for length in DOCUMENTS])[None]

@@ -22,7 +22,7 @@ from processes import compare
 from lctrain.adapters.gradients import all_reduce_gradients
 from lctrain.adapters.megatron import use_sequence_parallel_attention
 from lctrain.adapters.megatron_cpu import megatron_on_cpu
-from lctrain.parallel.group import SequenceGroup
+from lctrain.parallel.group import RankGroup
 from lctrain.parallel.layout import SequenceLayout
 
 STEPS, BATCH, LENGTH, VOCAB = 10, 2, 480, 128
@@ -57,7 +57,7 @@ def train(rank: int, world_size: int) -> list[float]:
     """One loop for any number of processes; with one, megatron-core's own attention runs."""
     with megatron_on_cpu():
         model = make_model(world_size)
-        group = SequenceGroup(parallel_state.get_context_parallel_group())
+        group = RankGroup(parallel_state.get_context_parallel_group())
         layout = SequenceLayout("zigzag", world_size, LENGTH)  # the way megatron-core cuts sequences
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
         positions = layout.shard(torch.arange(LENGTH).expand(BATCH, -1), rank, dim=1)

@@ -8,7 +8,7 @@ from torch import Tensor
 from lctrain.kernels.attention.fused import accumulation_dtype
 from lctrain.parallel.exchange import HeadExchange, ToHeads, ToTokens
 from lctrain.parallel.executor import ScheduledAttention
-from lctrain.parallel.group import SequenceGroup
+from lctrain.parallel.group import RankGroup
 from lctrain.parallel.heads import split_heads
 from lctrain.parallel.layout import SequenceLayout
 from lctrain.parallel.mask import AttentionMask
@@ -24,7 +24,7 @@ def sequence_parallel_attention(
     *,
     layout: SequenceLayout,
     mask: AttentionMask,
-    group: SequenceGroup,
+    group: RankGroup,
     strategy: str | Strategy = "ring",
     scale: float | None = None,
     sinks: Tensor | None = None,
@@ -84,7 +84,7 @@ def _scheduled(
     sinks: Tensor | None,
     placement: Placement,
     mask: AttentionMask,
-    group: SequenceGroup,
+    group: RankGroup,
     rank: int,
     strategy: Strategy,
     scale: float,
@@ -95,7 +95,7 @@ def _scheduled(
 
 
 def _check(
-    q: Tensor, k: Tensor, v: Tensor, layout: SequenceLayout, mask: AttentionMask, group: SequenceGroup, sinks: Tensor | None
+    q: Tensor, k: Tensor, v: Tensor, layout: SequenceLayout, mask: AttentionMask, group: RankGroup, sinks: Tensor | None
 ) -> None:
     if q.dim() != 4 or k.shape != v.shape or q.shape[:2] != k.shape[:2] or q.shape[3] != k.shape[3]:
         raise ValueError(

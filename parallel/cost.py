@@ -1,7 +1,7 @@
 """What a strategy costs, step by step and rank by rank: score entries to compute and bytes to send.
 
 Derived from the same plans and schedules that are executed, the exchange of heads for sequence included. The counts feed the
-simulator, the timeline and the tables; bytes equal what SequenceGroup counts at run time.
+simulator, the timeline and the tables; bytes equal what RankGroup counts at run time.
 """
 
 from __future__ import annotations

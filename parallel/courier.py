@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lctrain.kernels.attention.merge import merge_
-from lctrain.parallel.group import SequenceGroup
+from lctrain.parallel.group import RankGroup
 from lctrain.parallel.payload import AttentionShape, payload
 from lctrain.parallel.plan import AttentionPlan, Side
 from lctrain.parallel.schedule import COPIES, Chunk, Item
@@ -43,7 +43,7 @@ class Courier:
     def __init__(
         self,
         plan: AttentionPlan,
-        group: SequenceGroup,
+        group: RankGroup,
         shape: AttentionShape,
         pack: Callable[[Item], Tensors],
         fold: Callable[[Item, Tensors], None],

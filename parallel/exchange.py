@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lctrain.parallel.group import SequenceGroup
+from lctrain.parallel.group import RankGroup
 from lctrain.parallel.heads import HeadSplit
 from lctrain.parallel.layout import Segment, SequenceLayout
 
@@ -67,7 +67,7 @@ class Grouped:
 class HeadExchange:
     """One rank's side of the exchange within its group."""
 
-    def __init__(self, group: SequenceGroup, grouped: Grouped, index: int, split: HeadSplit) -> None:
+    def __init__(self, group: RankGroup, grouped: Grouped, index: int, split: HeadSplit) -> None:
         """index: this rank's group in `grouped`; split: one slice of the heads per member."""
         self.group, self.split = group, split
         self.members = grouped.groups[index]

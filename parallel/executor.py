@@ -14,7 +14,7 @@ from torch import Tensor
 from lctrain.kernels.attention import fused
 from lctrain.kernels.attention.merge import add_sinks, merge_
 from lctrain.parallel.courier import Courier
-from lctrain.parallel.group import SequenceGroup
+from lctrain.parallel.group import RankGroup
 from lctrain.parallel.mask import RowBand
 from lctrain.parallel.payload import AttentionShape
 from lctrain.parallel.plan import AttentionPlan, Side, Work
@@ -32,7 +32,7 @@ class ScheduledAttention(torch.autograd.Function):
         v: Tensor,
         sinks: Tensor | None,
         plans: tuple[AttentionPlan, AttentionPlan],
-        group: SequenceGroup,
+        group: RankGroup,
         scale: float,
     ) -> tuple[Tensor, Tensor]:
         """q: [B, T, H, D]; k, v: [B, T, Hkv, D], T = placement.local_length; sinks: [H]. Returns out like q, lse [B, H, T]."""
@@ -69,7 +69,7 @@ class ScheduledAttention(torch.autograd.Function):
 class _Run:
     """What both directions share: this rank's tensors, the courier, and the walk through the steps."""
 
-    def __init__(self, q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, group: SequenceGroup, scale: float) -> None:
+    def __init__(self, q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, group: RankGroup, scale: float) -> None:
         self.q, self.k, self.v, self.plan, self.scale = q, k, v, plan, scale
         self.wide = fused.accumulation_dtype(q.dtype)
         shape = AttentionShape(q.shape[0], q.shape[2], k.shape[2], q.shape[3], q.dtype)
@@ -171,7 +171,7 @@ class _Backward(_Run):
         out: Tensor,
         lse: Tensor,
         plan: AttentionPlan,
-        group: SequenceGroup,
+        group: RankGroup,
         scale: float,
     ) -> None:
         super().__init__(q, k, v, plan, group, scale)

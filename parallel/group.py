@@ -1,4 +1,4 @@
-"""SequenceGroup: the processes that share one sequence, and the only door through which their tensors travel."""
+"""RankGroup: the processes that share one sequence, and the only door through which their tensors travel."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 
-class SequenceGroup:
+class RankGroup:
     """Rank, size and point-to-point exchange of a sequence-parallel group, with a count of every byte handed over.
 
-    A group of one needs no process group: `SequenceGroup()`.
+    A group of one needs no process group: `RankGroup()`.
 
     sent: bytes sent so far by kind of item, exactly as given to the process group.
     """
@@ -24,9 +24,9 @@ class SequenceGroup:
         self.sent: Counter[str] = Counter()
         self._peers: Sequence[int] = range(self.size)
 
-    def across(self, ranks: Sequence[int]) -> SequenceGroup:
+    def across(self, ranks: Sequence[int]) -> RankGroup:
         """Some ranks of this group, this one among them, as a group of their own: same process group, same byte count."""
-        part = SequenceGroup()
+        part = RankGroup()
         part.process_group, part.sent, part._peers = self.process_group, self.sent, [self._peers[rank] for rank in ranks]
         part.rank, part.size = list(ranks).index(self.rank), len(ranks)
         return part

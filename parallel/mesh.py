@@ -10,7 +10,7 @@ import dataclasses
 
 import torch.distributed as dist
 
-from lctrain.parallel.group import SequenceGroup
+from lctrain.parallel.group import RankGroup
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,12 +40,12 @@ class ProcessMesh:
         """Global ranks that share the sequences of one data-parallel rank."""
         return list(range(dp_rank * self.cp, (dp_rank + 1) * self.cp))
 
-    def sequence_group(self) -> SequenceGroup:
+    def sequence_group(self) -> RankGroup:
         """This process's sequence group. Collective: every process must call it, once."""
         if self.cp == 1:
-            return SequenceGroup()
+            return RankGroup()
         groups = [dist.new_group(self.sequence_ranks(dp_rank)) for dp_rank in range(self.dp)]
-        return SequenceGroup(groups[self.dp_rank])
+        return RankGroup(groups[self.dp_rank])
 
     def __str__(self) -> str:
         rows = (f"  dp {dp}: ranks {' '.join(map(str, self.sequence_ranks(dp)))}" for dp in range(self.dp))

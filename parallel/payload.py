@@ -66,7 +66,7 @@ def item_bytes(kind: str, schedule: Schedule, shape: AttentionShape, heads: int,
 
 
 def sent_bytes(schedule: Schedule, rank: int, shape: AttentionShape, chunk_length: int) -> dict[str, int]:
-    """Bytes that `rank` hands to the process group, by kind; equal to what SequenceGroup counts at run time."""
+    """Bytes that `rank` hands to the process group, by kind; equal to what RankGroup counts at run time."""
     total: dict[str, int] = {}
     for (kind, heads), count in schedule.sends(rank).items():
         total[kind] = total.get(kind, 0) + count * item_bytes(kind, schedule, shape, heads, chunk_length)

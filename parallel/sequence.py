@@ -8,7 +8,7 @@ from typing import TypeVar
 from torch import Tensor
 
 from lctrain.parallel.attention import sequence_parallel_attention
-from lctrain.parallel.group import SequenceGroup
+from lctrain.parallel.group import RankGroup
 from lctrain.parallel.layout import SequenceLayout
 from lctrain.parallel.mask import AttentionMask, Borders
 from lctrain.parallel.strategy import Strategy
@@ -27,7 +27,7 @@ class SequenceMeta:
     def __init__(
         self,
         layout: SequenceLayout,
-        group: SequenceGroup,
+        group: RankGroup,
         positions: Tensor,
         documents: tuple[Borders, ...],
         strategy: str | Strategy | Mapping[int | None, Strategy] = "ring",

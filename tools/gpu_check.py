@@ -28,7 +28,7 @@ from lctrain.kernels.attention.band import Band
 from lctrain.models.init import initialise
 from lctrain.models.model import LanguageModel
 from lctrain.optim import make_adamw
-from lctrain.parallel.group import SequenceGroup
+from lctrain.parallel.group import RankGroup
 from lctrain.parallel.layout import SequenceLayout, document_positions
 from lctrain.parallel.sequence import SequenceMeta
 
@@ -98,7 +98,7 @@ def step_rate(model_name: str, length: int) -> dict[str, Any]:
     positions = document_positions(documents, length).to(device)
 
     def step() -> None:
-        seq = SequenceMeta(SequenceLayout("zigzag", 1, length), SequenceGroup(), positions, documents)
+        seq = SequenceMeta(SequenceLayout("zigzag", 1, length), RankGroup(), positions, documents)
         (model(tokens, tokens, seq).objective / length).backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)

@@ -7,10 +7,10 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from lctrain.parallel.group import SequenceGroup
+from lctrain.parallel.group import RankGroup
 
 
-def all_reduce_gradients(model: nn.Module, group: SequenceGroup) -> None:
+def all_reduce_gradients(model: nn.Module, group: RankGroup) -> None:
     """Add up the gradients of all ranks of `group`, in place; call it between backward and the optimizer's step.
 
     A sum, not a mean: each rank's loss is its part of the mean over all targets of the whole sequence. A parameter that has a

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from lctrain.adapters.unsupported import refuse
 from lctrain.parallel.attention import sequence_parallel_attention
-from lctrain.parallel.group import SequenceGroup
+from lctrain.parallel.group import RankGroup
 from lctrain.parallel.layout import SequenceLayout
 from lctrain.parallel.mask import AttentionMask
 from lctrain.parallel.strategy import Strategy
@@ -78,7 +78,7 @@ class SequenceParallelAttention(MegatronModule):
         windowed = is_layer_window_attention(config.window_size, config.window_attn_skip_freq, layer_number)
         self.window = config.window_size[0] + 1 if windowed and config.window_size[0] >= 0 else None  # it counts itself
         given = getattr(pg_collection, "cp", None)
-        self.group = SequenceGroup(parallel_state.get_context_parallel_group() if given is None else given)
+        self.group = RankGroup(parallel_state.get_context_parallel_group() if given is None else given)
 
     def forward(
         self,

@@ -14,7 +14,7 @@ from lctrain.config.schema import CorpusConfig, DataConfig, EngineConfig, TrainC
 from lctrain.data.batch import MicroBatch, StepBatch
 from lctrain.devices import DTYPES, gemm_flops
 from lctrain.engines.torch_engine import TorchEngine
-from lctrain.parallel.group import SequenceGroup
+from lctrain.parallel.group import RankGroup
 from lctrain.parallel.layout import SequenceLayout, count_targets, document_positions, shift_labels
 from lctrain.parallel.mesh import ProcessMesh
 
@@ -41,7 +41,7 @@ class Ours:
         self.dtype = DTYPES[config.dtype]
         self.train_config = train_config(config, seq)
         self.batch = random_batch(config, seq)
-        self.engine = TorchEngine(self.train_config, ProcessMesh(1, 1, 0), SequenceGroup(), CPU)
+        self.engine = TorchEngine(self.train_config, ProcessMesh(1, 1, 0), RankGroup(), CPU)
 
     def step(self) -> Step:
         """Forward, backward, clipping and update."""

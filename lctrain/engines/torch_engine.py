@@ -21,7 +21,7 @@ from lctrain.models.init import initialise
 from lctrain.models.model import LanguageModel, LossSums
 from lctrain.optim import global_grad_norm, make_adamw, scale_gradients
 from lctrain.parallel.deal import make_layout
-from lctrain.parallel.group import SequenceGroup
+from lctrain.parallel.group import RankGroup
 from lctrain.parallel.mesh import ProcessMesh
 from lctrain.parallel.sequence import SequenceMeta
 
@@ -34,7 +34,7 @@ class TorchEngine:
     each rank holds.
     """
 
-    def __init__(self, config: TrainConfig, mesh: ProcessMesh, group: SequenceGroup, device: torch.device) -> None:
+    def __init__(self, config: TrainConfig, mesh: ProcessMesh, group: RankGroup, device: torch.device) -> None:
         self.config, self.mesh, self.group, self.device = config, mesh, group, device
         self.strategies = attention_strategies(config, device)
         self.model = build_model(config, device)

@@ -16,7 +16,7 @@ from torch import Tensor
 from lctrain.bench.attention_problem import Problem
 from lctrain.launch.ranks import RankPool
 from lctrain.parallel.attention import sequence_parallel_attention
-from lctrain.parallel.group import SequenceGroup
+from lctrain.parallel.group import RankGroup
 from lctrain.parallel.strategy import Strategy
 from lctrain.timeline.bars import Bar, Lane, Phase
 
@@ -25,7 +25,7 @@ LEAST_S = 2e-5
 """Shorter pauses between two dealings with the group are not computing."""
 
 
-class RecordingGroup(SequenceGroup):
+class RecordingGroup(RankGroup):
     """Times every exchange; `note` gets a bar for each message and each wait."""
 
     def __init__(self, process_group: dist.ProcessGroup | None, note: list[Bar]) -> None:
@@ -33,13 +33,13 @@ class RecordingGroup(SequenceGroup):
         self.note, self.self_rank = note, self.rank
 
     def across(self, ranks: Sequence[int]) -> RecordingGroup:
-        """See SequenceGroup; what the part does is noted here too."""
+        """See RankGroup; what the part does is noted here too."""
         part = RecordingGroup(self.process_group, self.note)
         part.__dict__.update(super().across(ranks).__dict__)
         return part
 
     def exchange(self, sends: Sequence[tuple[str, Tensor, int]], receives: Sequence[tuple[Tensor, int]]) -> list[dist.Work]:
-        """See SequenceGroup."""
+        """See RankGroup."""
         posted = time.perf_counter()
         handles = super().exchange(sends, receives)
         what: list[tuple[Lane, str, int]] = [("send", kind, self._peers[peer]) for kind, _, peer in sends]

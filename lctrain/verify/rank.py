@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lctrain.parallel.attention import sequence_parallel_attention
 from lctrain.parallel.deal import make_layout
-from lctrain.parallel.group import SequenceGroup
+from lctrain.parallel.group import RankGroup
 from lctrain.parallel.layout import SequenceLayout
 from lctrain.parallel.mask import AttentionMask
 from lctrain.verify.exact import Results
@@ -44,12 +44,12 @@ def layout_of(case: Case, mask: AttentionMask) -> SequenceLayout:
 
 def run_cases(rank: int, world_size: int, cases: list[Case], wanted: Results) -> list[Share]:
     """The shares of cases that have one problem in common, whose results are `wanted`. Collective over the default group."""
-    group = SequenceGroup(dist.group.WORLD if world_size > 1 else None)
+    group = RankGroup(dist.group.WORLD if world_size > 1 else None)
     inputs, mask = cases[0].problem.inputs(), cases[0].problem.attention_mask()
     return [_run(case, rank, group, inputs, mask, wanted) for case in cases]
 
 
-def _run(case: Case, rank: int, group: SequenceGroup, inputs: Inputs, mask: AttentionMask, wanted: Results) -> Share:
+def _run(case: Case, rank: int, group: RankGroup, inputs: Inputs, mask: AttentionMask, wanted: Results) -> Share:
     layout = layout_of(case, mask)
     q, k, v, dout = (layout.shard(x, rank, dim=1, pad=STRAY) for x in inputs[:4])
     leaves = [x.requires_grad_() for x in (q, k, v)]

@@ -6,7 +6,7 @@ import torch
 from lctrain.config.schema import AttentionConfig, MlpConfig, ModelConfig
 from lctrain.models.init import initialise
 from lctrain.models.model import LanguageModel
-from lctrain.parallel.group import SequenceGroup
+from lctrain.parallel.group import RankGroup
 from lctrain.parallel.layout import SequenceLayout, document_positions, shift_labels
 from lctrain.parallel.sequence import SequenceMeta
 
@@ -23,7 +23,7 @@ def losses_and_gradients(device, dtype):
     tokens = torch.randint(0, 256, (2, LENGTH), generator=torch.Generator().manual_seed(0))
     labels = shift_labels(tokens, DOCUMENTS, [3, None])
     positions = document_positions(DOCUMENTS, LENGTH).to(device)
-    seq = SequenceMeta(SequenceLayout("zigzag", 1, LENGTH), SequenceGroup(), positions, DOCUMENTS)
+    seq = SequenceMeta(SequenceLayout("zigzag", 1, LENGTH), RankGroup(), positions, DOCUMENTS)
     sums = model(tokens.to(device), labels.to(device), seq, loss_chunk=128, z_weight=1e-3)
     sums.objective.backward()
     return float(sums.cross_entropy), {name: p.grad.double().cpu() for name, p in model.named_parameters()}

@@ -10,7 +10,7 @@ import torch
 
 from lctrain.adapters.huggingface import UnsupportedError, all_reduce_gradients, shard_batch, use_sequence_parallel_attention
 from lctrain.launch.ranks import RankError, run_ranks
-from lctrain.parallel.group import SequenceGroup
+from lctrain.parallel.group import RankGroup
 
 if find_spec("transformers") is None:
     pytest.skip("transformers is not installed", allow_module_level=True)
@@ -81,7 +81,7 @@ def gradients(model) -> dict[str, torch.Tensor]:
 
 def sharded_gradients(rank: int, world_size: int, family: str, checkpointing: bool | None, layout: str, strategy: str):
     """Loss and gradients with the sequence over `world_size` ranks; checkpointing: None, reentrant or not."""
-    group = SequenceGroup(torch.distributed.group.WORLD)
+    group = RankGroup(torch.distributed.group.WORLD)
     model = use_sequence_parallel_attention(make_model(family))
     if checkpointing is not None:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": checkpointing})
@@ -126,7 +126,7 @@ def test_other_layouts_and_strategies(layout, strategy):
 
 def sharded_losses(rank: int, world_size: int, family: str, steps: int) -> list[float]:
     """Losses of training steps with the sequence over `world_size` ranks."""
-    group = SequenceGroup(torch.distributed.group.WORLD)
+    group = RankGroup(torch.distributed.group.WORLD)
     model = use_sequence_parallel_attention(make_model(family))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     losses = []
@@ -162,7 +162,7 @@ def test_ten_steps_have_the_same_losses(family, world_size):
 
 def two_models(rank: int, world_size: int) -> bool:
     """Two models run interleaved, each with its own documents, recomputing in backward: same gradients as one by one."""
-    group = SequenceGroup(torch.distributed.group.WORLD)
+    group = RankGroup(torch.distributed.group.WORLD)
     ids = make_ids()
     batches = [shard_batch(ids, ids, group=group, documents=d) for d in (DOCUMENTS, ((0, 37), (0, 10, 37)))]
     alone = []
@@ -189,7 +189,7 @@ def test_two_models_do_not_mix_up_their_sequences():
 
 def different_batches(rank: int, world_size: int) -> None:
     """Each rank brings its own rows."""
-    shard_batch(make_ids(rank), group=SequenceGroup(torch.distributed.group.WORLD))
+    shard_batch(make_ids(rank), group=RankGroup(torch.distributed.group.WORLD))
 
 
 def test_ranks_with_different_batches_are_refused():
@@ -198,7 +198,7 @@ def test_ranks_with_different_batches_are_refused():
 
 
 def test_documents_can_be_told_in_three_ways():
-    ids, group = make_ids()[:1], SequenceGroup()
+    ids, group = make_ids()[:1], RankGroup()
     positions = torch.cat([torch.arange(3), torch.arange(17), torch.arange(17)])[None]
     ways = [{"documents": DOCUMENTS[:1]}, {"position_ids": positions}, {"cu_seqlens": torch.tensor(DOCUMENTS[0])}]
     batches = [shard_batch(ids, ids, group=group, **way) for way in ways]
@@ -212,7 +212,7 @@ def test_documents_can_be_told_in_three_ways():
 def test_one_token_and_no_target():
     model = use_sequence_parallel_attention(make_model("Llama"))
     ids = torch.zeros(1, 1, dtype=torch.long)
-    loss = model(**shard_batch(ids, ids, group=SequenceGroup())).loss
+    loss = model(**shard_batch(ids, ids, group=RankGroup())).loss
     loss.backward()
     assert loss.item() == 0
     assert all(torch.isfinite(grad).all() for grad in gradients(model).values())
@@ -233,7 +233,7 @@ def test_one_token_and_no_target():
 )
 def test_bad_batches_are_refused(arguments, message):
     with pytest.raises(ValueError, match=message):
-        shard_batch(make_ids(), group=SequenceGroup(), **arguments)
+        shard_batch(make_ids(), group=RankGroup(), **arguments)
 
 
 def build(name: str, **config):
@@ -272,7 +272,7 @@ def test_models_that_cannot_be_split_are_refused(make, message):
 def test_what_attention_cannot_do_is_refused(make, arguments, message):
     model = use_sequence_parallel_attention(make())
     with pytest.raises(UnsupportedError, match=message):
-        model(**{**shard_batch(make_ids(), group=SequenceGroup()), **arguments})
+        model(**{**shard_batch(make_ids(), group=RankGroup()), **arguments})
 
 
 def test_chunked_and_overlaid_masks_are_refused():
@@ -290,7 +290,7 @@ def test_chunked_and_overlaid_masks_are_refused():
 
 def test_a_cache_in_use_and_a_call_without_a_batch_are_refused():
     model = use_sequence_parallel_attention(make_model("Llama"))
-    batch = {**shard_batch(make_ids(), group=SequenceGroup()), "use_cache": True}
+    batch = {**shard_batch(make_ids(), group=RankGroup()), "use_cache": True}
     cache = model(**batch).past_key_values
     with pytest.raises(UnsupportedError, match="key-value caches"):
         model(**batch, past_key_values=cache)

@@ -27,7 +27,7 @@ from lctrain.adapters.megatron import SequenceParallelAttention, use_sequence_pa
 from lctrain.adapters.megatron_cpu import megatron_on_cpu
 from lctrain.adapters.unsupported import UnsupportedError
 from lctrain.launch.ranks import run_ranks
-from lctrain.parallel.group import SequenceGroup
+from lctrain.parallel.group import RankGroup
 from lctrain.parallel.layout import SequenceLayout
 
 LENGTH, VOCAB = 48, 40
@@ -61,7 +61,7 @@ def train(rank: int, cp: int, changes: dict, steps: int):
     with megatron_on_cpu():
         model = make_model(cp, **changes)
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-        group = SequenceGroup(parallel_state.get_context_parallel_group())
+        group = RankGroup(parallel_state.get_context_parallel_group())
         layout = SequenceLayout("zigzag", cp, LENGTH)
         losses = []
         for step in range(steps):
@@ -143,7 +143,7 @@ def packed(rank: int, cp: int, form: str):
             params = PackedSeqParams(form, borders, borders, max_seqlen_q=longest, max_seqlen_kv=longest)
             loss = model(tokens[:, at], positions[:, at], None, labels=labels[:, at], packed_seq_params=params)
             (loss.sum() / LENGTH).backward()
-        all_reduce_gradients(model, SequenceGroup(parallel_state.get_context_parallel_group()))
+        all_reduce_gradients(model, RankGroup(parallel_state.get_context_parallel_group()))
     return {name: p.grad for name, p in model.named_parameters()}
 
 

@@ -13,7 +13,7 @@ from lctrain.kernels.attention import reference
 from lctrain.launch.ranks import run_ranks
 from lctrain.parallel.attention import sequence_parallel_attention
 from lctrain.parallel.deal import make_layout
-from lctrain.parallel.group import SequenceGroup
+from lctrain.parallel.group import RankGroup
 from lctrain.parallel.layout import KINDS, SequenceLayout
 from lctrain.parallel.mask import AttentionMask
 from lctrain.parallel.strategies import STRATEGIES
@@ -53,7 +53,7 @@ def whole_attention(leaves: list[Tensor], sinks: Tensor | None, dout: Tensor, ma
 
 def compare(rank: int, world_size: int, name: str, cases: int) -> None:
     draw = random.Random(f"{name} {world_size}")
-    group = SequenceGroup(dist.group.WORLD if world_size > 1 else None)
+    group = RankGroup(dist.group.WORLD if world_size > 1 else None)
     for index in range(cases):
         strategy, layout, mask, batch = random_case(draw, name, world_size)
         torch.manual_seed(index)

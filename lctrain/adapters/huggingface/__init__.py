@@ -1,6 +1,6 @@
 """Train a Hugging Face decoder with its sequence split over ranks.
 
-    group = SequenceGroup(dist.group.WORLD)
+    group = RankGroup(dist.group.WORLD)
     use_sequence_parallel_attention(model)
     batch = shard_batch(input_ids, labels, group=group, position_ids=position_ids)  # the same arguments on every rank
     model(**batch).loss.backward()

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lctrain.parallel.deal import make_layout
-from lctrain.parallel.group import SequenceGroup
+from lctrain.parallel.group import RankGroup
 from lctrain.parallel.layout import IGNORE, count_targets, document_positions, shift_labels
 from lctrain.parallel.mask import Borders
 from lctrain.parallel.sequence import SequenceMeta
@@ -23,7 +23,7 @@ def shard_batch(
     input_ids: Tensor,
     labels: Tensor | None = None,
     *,
-    group: SequenceGroup,
+    group: RankGroup,
     documents: Sequence[Sequence[int]] | None = None,
     position_ids: Tensor | None = None,
     cu_seqlens: Sequence[int] | Tensor | None = None,
@@ -107,7 +107,7 @@ def _borders(
     return borders
 
 
-def _check_same(group: SequenceGroup, input_ids: Tensor, labels: Tensor | None, borders: tuple[Borders, ...]) -> None:
+def _check_same(group: RankGroup, input_ids: Tensor, labels: Tensor | None, borders: tuple[Borders, ...]) -> None:
     """A sampler that deals different rows to the ranks of a sequence group would train on scrambled text, silently."""
     if group.size == 1:
         return

@@ -7,7 +7,7 @@ from torch import nn
 
 from lctrain.adapters.gradients import all_reduce_gradients
 from lctrain.launch.ranks import run_ranks
-from lctrain.parallel.group import SequenceGroup
+from lctrain.parallel.group import RankGroup
 
 
 def reduced(rank: int, world_size: int) -> list[torch.Tensor | None]:
@@ -18,7 +18,7 @@ def reduced(rank: int, world_size: int) -> list[torch.Tensor | None]:
     if rank == 1:
         loss = loss + 5 * model[1].sum()
     loss.backward()
-    all_reduce_gradients(model, SequenceGroup(torch.distributed.group.WORLD))
+    all_reduce_gradients(model, RankGroup(torch.distributed.group.WORLD))
     return [parameter.grad for parameter in model]
 
 
@@ -33,5 +33,5 @@ def test_sum_over_ranks_also_of_weights_that_some_do_not_use():
 def test_one_rank_has_nothing_to_add():
     model = nn.Linear(2, 1)
     model(torch.ones(1, 2)).sum().backward()
-    all_reduce_gradients(model, SequenceGroup())
+    all_reduce_gradients(model, RankGroup())
     assert model.bias.grad.tolist() == [1.0]

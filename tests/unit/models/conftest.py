@@ -10,7 +10,7 @@ import torch
 from lctrain.config.schema import AttentionConfig, MlpConfig, ModelConfig
 from lctrain.models.init import initialise
 from lctrain.models.model import LanguageModel
-from lctrain.parallel.group import SequenceGroup
+from lctrain.parallel.group import RankGroup
 from lctrain.parallel.layout import SequenceLayout, document_positions
 from lctrain.parallel.sequence import SequenceMeta
 
@@ -58,6 +58,6 @@ def make_seq() -> Callable[..., SequenceMeta]:
     def make(documents: Sequence[tuple[int, ...]], length: int | None = None) -> SequenceMeta:
         length = length or max(borders[-1] for borders in documents)
         layout = SequenceLayout("zigzag", 1, length)
-        return SequenceMeta(layout, SequenceGroup(), document_positions(documents, length), tuple(documents), "ring")
+        return SequenceMeta(layout, RankGroup(), document_positions(documents, length), tuple(documents), "ring")
 
     return make

@@ -13,7 +13,7 @@ from lctrain.launch.ranks import run_ranks
 from lctrain.parallel.attention import sequence_parallel_attention
 from lctrain.parallel.balance import imbalance
 from lctrain.parallel.deal import EVEN_ENOUGH, SMALLEST_BLOCK, balanced_layout, make_layout
-from lctrain.parallel.group import SequenceGroup
+from lctrain.parallel.group import RankGroup
 from lctrain.parallel.layout import KINDS, SequenceLayout
 from lctrain.parallel.live import live_pairs
 from lctrain.parallel.mask import AttentionMask
@@ -133,7 +133,7 @@ def _layout(world_size: int, shuffled: bool) -> SequenceLayout:
 
 
 def _attend(rank: int, world_size: int, layout: SequenceLayout, whole: list[torch.Tensor], window: int | None, strategy: str):
-    group = SequenceGroup(torch.distributed.group.WORLD)
+    group = RankGroup(torch.distributed.group.WORLD)
     q, k, v, dout = (layout.shard(x, rank, dim=1) for x in whole)
     shards = [x.requires_grad_() for x in (q, k, v)]
     mask = AttentionMask(ROWS, window=window)

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from lctrain.launch.ranks import close_pools, run_ranks
 from lctrain.parallel.attention import sequence_parallel_attention
 from lctrain.parallel.cost import costed_steps, traffic
-from lctrain.parallel.group import SequenceGroup
+from lctrain.parallel.group import RankGroup
 from lctrain.parallel.layout import KINDS, SequenceLayout
 from lctrain.parallel.mask import AttentionMask
 from lctrain.parallel.payload import AttentionShape
@@ -58,7 +58,7 @@ def send_and_count(rank: int, world_size: int, name: str, cases: int) -> None:
             torch.ones(shape.batch, layout.local_length, n, shape.head_dim, dtype=shape.dtype, requires_grad=True)
             for n in sizes
         )
-        group = SequenceGroup(dist.group.WORLD if world_size > 1 else None)
+        group = RankGroup(dist.group.WORLD if world_size > 1 else None)
         out, _ = sequence_parallel_attention(q, k, v, layout=layout, mask=mask, group=group, strategy=strategy, need_lse=False)
         forward = Counter(group.sent)
         out.backward(torch.ones_like(out))

@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 from lctrain.launch.ranks import close_pools, run_ranks
 from lctrain.parallel.exchange import Grouped, HeadExchange
-from lctrain.parallel.group import SequenceGroup
+from lctrain.parallel.group import RankGroup
 from lctrain.parallel.heads import split_heads
 from lctrain.parallel.layout import KINDS, SequenceLayout
 
@@ -42,7 +42,7 @@ def exchange_there_and_back(rank: int, world_size: int, kind: str, heads: int, k
     layout = SequenceLayout(kind, world_size, 21)
     grouped = Grouped(layout, (tuple(range(world_size)),))
     split = split_heads(heads, kv_heads, world_size)
-    exchange = HeadExchange(SequenceGroup(dist.group.WORLD if world_size > 1 else None), grouped, 0, split)
+    exchange = HeadExchange(RankGroup(dist.group.WORLD if world_size > 1 else None), grouped, 0, split)
 
     def named(positions: torch.Tensor, first: int, end: int) -> torch.Tensor:
         return (positions[:, None] * 100 + torch.arange(first, end)).expand(2, -1, -1)[..., None].double()

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lctrain.launch.ranks import close_pools, run_ranks
 from lctrain.parallel.attention import sequence_parallel_attention
-from lctrain.parallel.group import SequenceGroup
+from lctrain.parallel.group import RankGroup
 from lctrain.parallel.layout import SequenceLayout
 from lctrain.parallel.mask import AttentionMask
 from lctrain.parallel.strategy import NAMES, Strategy
@@ -25,7 +25,7 @@ def _end_ranks() -> Iterator[None]:
     close_pools()
 
 
-class Sleepy(SequenceGroup):
+class Sleepy(RankGroup):
     """A group whose ranks dawdle before every exchange, each in its own way."""
 
     def exchange(self, sends, receives):
@@ -36,7 +36,7 @@ class Sleepy(SequenceGroup):
 def results(rank: int, world_size: int, strategy: Strategy, dtype: torch.dtype, seed: int | None) -> list[Tensor]:
     layout = SequenceLayout("zigzag", world_size, 75)
     mask = AttentionMask(((0, 30, 31, 75), (0, 60)), causal=True)
-    group = SequenceGroup(dist.group.WORLD)
+    group = RankGroup(dist.group.WORLD)
     if seed is not None:
         group = Sleepy(dist.group.WORLD)
         group.random = random.Random(seed * 100 + rank)
@@ -69,14 +69,14 @@ def inputs_stay(rank: int, world_size: int) -> None:
         q, k, v = (torch.randn(1, layout.local_length, 2, 16, requires_grad=True) for _ in range(3))
         dout = torch.randn_like(q)
         before = [x.detach().clone() for x in (q, k, v, dout)]
-        group = SequenceGroup(dist.group.WORLD)
+        group = RankGroup(dist.group.WORLD)
         out, _ = sequence_parallel_attention(q, k, v, layout=layout, mask=mask, group=group, strategy=name)
         kept = out.detach().clone()
         out.backward(dout)
         assert all(torch.equal(x, y) for x, y in zip((q, k, v, dout, out), (*before, kept), strict=True)), name
 
 
-class Silent(SequenceGroup):
+class Silent(RankGroup):
     """One of two ranks, of which the other would wait for ever if this one sent anything."""
 
     def __init__(self) -> None:

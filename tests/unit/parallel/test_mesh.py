@@ -5,7 +5,7 @@ import torch
 import torch.distributed as dist
 
 from lctrain.launch.ranks import run_ranks
-from lctrain.parallel.group import SequenceGroup
+from lctrain.parallel.group import RankGroup
 from lctrain.parallel.mesh import ProcessMesh
 
 
@@ -61,5 +61,5 @@ def test_a_group_over_the_default_process_group() -> None:
 
 
 def places(rank: int, world_size: int) -> tuple[int, int]:
-    group = SequenceGroup(dist.group.WORLD)
+    group = RankGroup(dist.group.WORLD)
     return group.rank, group.size

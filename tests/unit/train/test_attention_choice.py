@@ -9,7 +9,7 @@ from lctrain import attention_choice
 from lctrain.attention_choice import announce_choice, attention_strategies
 from lctrain.config.load import load
 from lctrain.config.schema import TrainConfig
-from lctrain.parallel.group import SequenceGroup
+from lctrain.parallel.group import RankGroup
 from lctrain.parallel.layout import SequenceLayout
 from lctrain.parallel.sequence import SequenceMeta
 from lctrain.parallel.strategy import Strategy
@@ -76,7 +76,7 @@ def test_without_a_cluster_the_device_decides(monkeypatch, name, expected):
 
 def test_layers_find_their_strategy_by_window():
     strategies = {None: Strategy("ulysses"), 256: Strategy("all_gather")}
-    seq = SequenceMeta(SequenceLayout("zigzag", 1, 4), SequenceGroup(), torch.zeros(1, 4), ((0, 4),), strategies)
+    seq = SequenceMeta(SequenceLayout("zigzag", 1, 4), RankGroup(), torch.zeros(1, 4), ((0, 4),), strategies)
     assert (seq.strategy(), seq.strategy(256)) == (Strategy("ulysses"), Strategy("all_gather"))
-    same = SequenceMeta(SequenceLayout("zigzag", 1, 4), SequenceGroup(), torch.zeros(1, 4), ((0, 4),), "token_ring")
+    same = SequenceMeta(SequenceLayout("zigzag", 1, 4), RankGroup(), torch.zeros(1, 4), ((0, 4),), "token_ring")
     assert same.strategy(7) == Strategy("token_ring")

@@ -52,14 +52,14 @@ def test_wrong_gradients_are_found(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_wrong_byte_counts_are_found(capsys: pytest.CaptureFixture[str]) -> None:
-    honest = group.SequenceGroup.exchange
+    honest = group.RankGroup.exchange
 
     def twice(self, sends, receives):
         for kind, tensor, _ in sends:
             self.sent[kind] += tensor.nbytes
         return honest(self, sends, receives)
 
-    with patch.object(group.SequenceGroup, "exchange", twice):
+    with patch.object(group.RankGroup, "exchange", twice):
         assert verify(*FEW, "strategies=ring") == 1
     assert "rank 0 sent {'kv': " in capsys.readouterr().out
 
