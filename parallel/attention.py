@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 from torch import Tensor
 
@@ -10,8 +13,10 @@ from lctrain.parallel.exchange import HeadExchange, ToHeads, ToTokens
 from lctrain.parallel.executor import ScheduledAttention
 from lctrain.parallel.group import RankGroup
 from lctrain.parallel.heads import split_heads
+from lctrain.parallel.keys import Expand, HeadKeys, Keys, LatentKeys
 from lctrain.parallel.layout import SequenceLayout
 from lctrain.parallel.mask import AttentionMask
+from lctrain.parallel.payload import AttentionShape
 from lctrain.parallel.placement import Placement
 from lctrain.parallel.plan import make_plan
 from lctrain.parallel.strategy import Strategy
@@ -54,19 +59,19 @@ def sequence_parallel_attention(
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     size = strategy.group_size(group.size, k.shape[2])
     if size == 1:
-        return _scheduled(q, k, v, sinks, layout, mask, group, group.rank, strategy, scale)
+        return _scheduled(q, sinks, layout, mask, group, group.rank, strategy, scale, HeadKeys, k, v)
     grouped = strategy.grouped(layout, k.shape[2])
     index = next(i for i, members in enumerate(grouped.groups) if group.rank in members)
     exchange = HeadExchange(group, grouped, index, split_heads(q.shape[2], k.shape[2], size))
     heads = slice(*exchange.split.q[exchange.me])
-    q_heads, k_heads, v_heads = ToHeads.apply(q, k, v, exchange)
+    q_heads, k_heads, v_heads = ToHeads.apply(exchange, q, k, v)
     if not exchange.split.is_uniform(exchange.me):
         serving = torch.tensor(exchange.split.kv_of_queries(exchange.me), device=q.device)
         k_heads, v_heads = k_heads.index_select(2, serving), v_heads.index_select(2, serving)
     if q_heads.shape[2]:
         between = group.across([members[exchange.me] for members in grouped.groups])
         own_sinks = None if sinks is None else sinks[heads]
-        out, lse = _scheduled(q_heads, k_heads, v_heads, own_sinks, grouped, mask, between, index, strategy, scale)
+        out, lse = _scheduled(q_heads, own_sinks, grouped, mask, between, index, strategy, scale, HeadKeys, k_heads, v_heads)
     else:  # more ranks than heads: this one only takes part in the exchange
         wide = accumulation_dtype(q.dtype)
         out, lse = q_heads, q_heads.new_empty(q.shape[0], 0, q_heads.shape[1], dtype=wide)
@@ -77,10 +82,62 @@ def sequence_parallel_attention(
     return whole, lse.squeeze(-1).transpose(1, 2)
 
 
+def sequence_parallel_latent_attention(
+    q: Tensor,
+    latent: Tensor,
+    weight: Tensor,
+    expand: Expand,
+    *,
+    layout: SequenceLayout,
+    mask: AttentionMask,
+    group: RankGroup,
+    strategy: str | Strategy = "ring",
+    scale: float,
+) -> Tensor:
+    """As sequence_parallel_attention, but what travels instead of keys and values is a latent that they are computed from.
+
+    Every rank expands what it needs, chunk by chunk, and again in backward, so no keys or values are kept between the two.
+    Where heads are exchanged for sequence (ulysses, usp), the latents are gathered and a rank expands its own heads only.
+
+    Args:
+        q: [B, T, H, D], this rank's tokens.
+        latent: [B, T, C].
+        weight: [H * n, L], rows of one head together. Each rank gets the gradient from its own part of the work: add it up
+            over the ranks, as that of any replicated weight.
+        expand: (latent, rows of weight for some heads) -> k, v [B, tokens, those heads, D].
+
+    Returns:
+        out [B, T, H, D] in q's dtype.
+    """
+    _check(q, q, q, layout, mask, group, None)
+    heads = q.shape[2]
+    if latent.shape[:2] != q.shape[:2] or weight.shape[0] % heads or latent.dtype != q.dtype or weight.dtype != q.dtype:
+        raise ValueError(
+            f"q {tuple(q.shape)} {q.dtype}, latent {tuple(latent.shape)} {latent.dtype} and the weight of {heads} heads"
+            f" {tuple(weight.shape)} {weight.dtype} do not fit"
+        )
+    strategy = Strategy(strategy) if isinstance(strategy, str) else strategy
+    make_keys = partial(LatentKeys, expand=expand)
+    size = strategy.group_size(group.size, heads)
+    if size == 1:
+        out, _ = _scheduled(q, None, layout, mask, group, group.rank, strategy, scale, make_keys, latent, weight)
+        return out
+    grouped = strategy.grouped(layout, heads)
+    index = next(i for i, members in enumerate(grouped.groups) if group.rank in members)
+    split = AttentionShape(q.shape[0], heads, heads, q.shape[3], q.dtype, latent.shape[-1]).split(size)
+    exchange = HeadExchange(group, grouped, index, split)
+    q_heads, latents = ToHeads.apply(exchange, q, latent.unsqueeze(2))
+    out = q_heads
+    if q_heads.shape[2]:
+        between = group.across([members[exchange.me] for members in grouped.groups])
+        own = weight.unflatten(0, (heads, -1))[slice(*split.q[exchange.me])].flatten(0, 1)
+        sources = latents.squeeze(2), own
+        out, _ = _scheduled(q_heads, None, grouped, mask, between, index, strategy, scale, make_keys, *sources)
+    return ToTokens.apply(out, exchange)
+
+
 def _scheduled(
     q: Tensor,
-    k: Tensor,
-    v: Tensor,
     sinks: Tensor | None,
     placement: Placement,
     mask: AttentionMask,
@@ -88,10 +145,13 @@ def _scheduled(
     rank: int,
     strategy: Strategy,
     scale: float,
+    make_keys: Callable[..., Keys],
+    *sources: Tensor,
 ) -> tuple[Tensor, Tensor]:
     name, node = strategy.schedule_name(), strategy.node_size(placement.world_size)
-    plans = tuple(make_plan(name, placement, mask, rank, way, k.shape[2], node) for way in ("forward", "backward"))
-    return ScheduledAttention.apply(q, k, v, sinks, plans, group, scale)
+    kv_heads = sources[0].shape[2] if make_keys is HeadKeys else 1
+    plans = tuple(make_plan(name, placement, mask, rank, way, kv_heads, node) for way in ("forward", "backward"))
+    return ScheduledAttention.apply(q, sinks, plans, group, scale, make_keys, *sources)
 
 
 def _check(

@@ -6,6 +6,7 @@ simulator, the timeline and the tables; bytes equal what RankGroup counts at run
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from functools import lru_cache
 from typing import NamedTuple
@@ -66,7 +67,7 @@ def costed_steps(
         for me, rank in enumerate(members):
             heads = split.q[me][1] - split.q[me][0]
             kv_heads = split.kv[me][1] - split.kv[me][0] if split.is_uniform(me) else heads
-            inner_shape = AttentionShape(shape.batch, heads, kv_heads, shape.head_dim, shape.dtype)
+            inner_shape = AttentionShape(shape.batch, heads, kv_heads, shape.head_dim, shape.dtype, shape.latent)
             inner: tuple[CostedStep, ...] = ()
             if heads:
                 peers = [other[me] for other in grouped.groups]
@@ -103,7 +104,7 @@ def _of_plan(
     first: int = 0,
 ) -> tuple[CostedStep, ...]:
     name, node = strategy.schedule_name(), strategy.node_size(placement.world_size)
-    plan = make_plan(name, placement, mask, rank, direction, shape.n_kv_heads, node)
+    plan = make_plan(name, placement, mask, rank, direction, shape.travelling_heads, node)
     steps = []
     for step in plan.steps:
         calls = tuple(call for work in step.work for call in _calls(work, plan, mask, shape))
@@ -140,19 +141,21 @@ def _exchange(
 ) -> tuple[CostedStep, CostedStep]:
     """The exchanges before and after the inner attention, as seen by one member."""
     split = shape.split(size)
-    per_head = layout.local_length * shape.batch * shape.head_dim * shape.dtype.itemsize
+    per_entry = layout.local_length * shape.batch * shape.dtype.itemsize
+    per_head, per_kv_head = per_entry * shape.head_dim, per_entry * math.prod(shape.kv_size)
     before, after = [], []
-    my_q, my_kv = (per_head * (end - first) for first, end in (split.q[me], split.kv[me]))
+    my_q, my_kv = (size * (end - first) for size, (first, end) in ((per_head, split.q[me]), (per_kv_head, split.kv[me])))
     for member, peer in enumerate(members):
         if member == me:
             continue
-        its_q, its_kv = (per_head * (end - first) for first, end in (split.q[member], split.kv[member]))
+        (q0, q1), (k0, k1) = split.q[member], split.kv[member]
+        its_q, its_kv = per_head * (q1 - q0), per_kv_head * (k1 - k0)
         if direction == "forward":
-            before += [("q", peer, its_q), ("kv", peer, 2 * its_kv)]
+            before += [("q", peer, its_q), ("kv", peer, its_kv)]
             after += [("out", peer, my_q)]
         else:
             before += [("dout", peer, its_q)]
-            after += [("dq", peer, my_q), ("dkv", peer, 2 * my_kv)]
+            after += [("dq", peer, my_q), ("dkv", peer, my_kv)]
     return (
         CostedStep((), tuple(Send(kind, peer, count, 0) for kind, peer, count in before if count)),
         CostedStep((), tuple(Send(kind, peer, count, after_step) for kind, peer, count in after if count)),

@@ -135,7 +135,9 @@ class Courier:
 
     def _empty(self, item: Item, tokens: int) -> Tensors:
         parts = payload(item.kind, self._plan.schedule.direction, self._shape, self._split, item.heads)
-        return tuple(torch.empty(tokens, *part.tail, dtype=part.dtype, device=self._device) for part in parts)
+        # Chunks between those that come are never filled; a latent is expanded with them, and NaN there would spread.
+        make = torch.empty if self._shape.latent is None else torch.zeros
+        return tuple(make(tokens, *part.tail, dtype=part.dtype, device=self._device) for part in parts)
 
 
 def _add(kind: str, total: Tensors, more: Tensors) -> None:

@@ -141,21 +141,21 @@ class HeadExchange:
 
 
 class ToHeads(torch.autograd.Function):
-    """(q, k, v) [B, T, heads, D] -> the same for all tokens of the group and this rank's slice of the heads."""
+    """q and what stands for keys and values, [B, T, heads, D] -> the same for all tokens of the group and this rank's heads."""
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, exchange: HeadExchange) -> tuple[Tensor, ...]:
-        """See HeadExchange.to_heads."""
+    def forward(ctx: Any, exchange: HeadExchange, q: Tensor, *kv: Tensor) -> tuple[Tensor, ...]:
+        """kv: k and v, or one latent of one head. See HeadExchange.to_heads."""
         ctx.exchange = exchange
         split = exchange.split
-        return tuple(exchange.to_heads([("q", q, split.q), ("kv", k, split.kv), ("kv", v, split.kv)]))
+        return tuple(exchange.to_heads([("q", q, split.q), *(("kv", x, split.kv) for x in kv)]))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients home."""
-        dq, dk, dv = grads
         split = ctx.exchange.split
-        return (*ctx.exchange.to_tokens([("dq", dq, split.q), ("dkv", dk, split.kv), ("dkv", dv, split.kv)]), None)
+        dq, *dkv = grads
+        return None, *ctx.exchange.to_tokens([("dq", dq, split.q), *(("dkv", x, split.kv) for x in dkv)])
 
 
 class ToTokens(torch.autograd.Function):

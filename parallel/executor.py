@@ -6,6 +6,7 @@ fp32 (fp64 for fp64 inputs) in buffers of their own, never in a buffer that is r
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -15,6 +16,7 @@ from lctrain.kernels.attention import fused
 from lctrain.kernels.attention.merge import add_sinks, merge_
 from lctrain.parallel.courier import Courier
 from lctrain.parallel.group import RankGroup
+from lctrain.parallel.keys import Keys
 from lctrain.parallel.mask import RowBand
 from lctrain.parallel.payload import AttentionShape
 from lctrain.parallel.plan import AttentionPlan, Side, Work
@@ -22,57 +24,66 @@ from lctrain.parallel.schedule import Chunk, Item
 
 
 class ScheduledAttention(torch.autograd.Function):
-    """(q, k, v, sinks) of one rank -> (out, lse); lse carries no gradient."""
+    """(q, sinks, keys and values) of one rank -> (out, lse); lse carries no gradient."""
 
     @staticmethod
     def forward(
         ctx: Any,
         q: Tensor,
-        k: Tensor,
-        v: Tensor,
         sinks: Tensor | None,
         plans: tuple[AttentionPlan, AttentionPlan],
         group: RankGroup,
         scale: float,
+        make_keys: Callable[..., Keys],
+        *sources: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        """q: [B, T, H, D]; k, v: [B, T, Hkv, D], T = placement.local_length; sinks: [H]. Returns out like q, lse [B, H, T]."""
+        """q: [B, T, H, D], T = placement.local_length; sinks: [H]; make_keys(*sources, wide=accumulation dtype) -> Keys.
+
+        Returns out like q, lse [B, H, T].
+        """
         whole = plans[0].whole
+        keys = make_keys(*sources, wide=fused.accumulation_dtype(q.dtype))
         if whole is not None:
-            out, lse, _ = fused.forward(q, k, v, whole.band, scale)
+            out, lse, _ = fused.forward(q, *keys.own(slice(None)), whole.band, scale)
         else:
-            out, lse = _Forward(q, k, v, plans[0], group, scale).run()
+            out, lse = _Forward(q, keys, plans[0], group, scale).run()
         if sinks is not None:
             out, lse = add_sinks(out, lse, sinks)
         out = out.to(q.dtype)
-        ctx.save_for_backward(q, k, v, out, lse, sinks)
-        ctx.plan, ctx.group, ctx.scale = plans[1], group, scale
+        ctx.save_for_backward(q, out, lse, sinks, *sources)
+        ctx.plan, ctx.group, ctx.scale, ctx.make_keys = plans[1], group, scale, make_keys
         ctx.mark_non_differentiable(lse)
         return out, lse
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
-        """Gradients of q, k, v and sinks; every other argument has none."""
-        q, k, v, out, lse, sinks = ctx.saved_tensors
+        """Gradients of q, sinks and sources; every other argument has none."""
+        q, out, lse, sinks, *sources = ctx.saved_tensors
+        keys = ctx.make_keys(*sources, wide=fused.accumulation_dtype(q.dtype))
         dout = upstream[0].to(q.dtype)
-        grads = None
+        dq = whole = None
         if ctx.plan.whole is not None:
-            grads = fused.backward_whole(dout, q, k, v, out, lse, ctx.plan.whole.band, ctx.scale)
-        if grads is None:
-            grads = _Backward(dout, q, k, v, out, lse, ctx.plan, ctx.group, ctx.scale).run()
+            own = keys.own(slice(None))
+            found = fused.backward_whole(dout, q, *own, out, lse, ctx.plan.whole.band, ctx.scale)
+            if found is not None:
+                dq, whole = found[0], (found[1], found[2])
+        if dq is None:
+            dq = _Backward(dout, q, keys, out, lse, ctx.plan, ctx.group, ctx.scale).run()
+        grads = [grad.to(x.dtype) for grad, x in zip(keys.gradients(whole), sources, strict=True)]
         dsinks = None
         if sinks is not None:  # a sink is a key with value 0: its score's gradient is -p * delta
             share = (sinks.to(lse.dtype)[:, None] - lse).exp()
             dsinks = -(share * _delta(dout, out).transpose(1, 2)).sum(dim=(0, 2)).to(sinks.dtype)
-        return (*(grad.to(x.dtype) for grad, x in zip(grads, (q, k, v), strict=True)), dsinks, None, None, None)
+        return (dq.to(q.dtype), dsinks, None, None, None, None, *grads)
 
 
 class _Run:
     """What both directions share: this rank's tensors, the courier, and the walk through the steps."""
 
-    def __init__(self, q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, group: RankGroup, scale: float) -> None:
-        self.q, self.k, self.v, self.plan, self.scale = q, k, v, plan, scale
+    def __init__(self, q: Tensor, keys: Keys, plan: AttentionPlan, group: RankGroup, scale: float) -> None:
+        self.q, self.kv, self.plan, self.scale = q, keys, plan, scale
         self.wide = fused.accumulation_dtype(q.dtype)
-        shape = AttentionShape(q.shape[0], q.shape[2], k.shape[2], q.shape[3], q.dtype)
+        shape = AttentionShape(q.shape[0], q.shape[2], keys.n_kv_heads, q.shape[3], q.dtype, keys.latent)
         self.split = shape.split(plan.schedule.slices)
         self.size = plan.placement.chunk_length
         self.courier = Courier(plan, group, shape, self.pack, self.fold, q.device)
@@ -104,14 +115,12 @@ class _Run:
     def keys(self, side: Side, part: int) -> tuple[Tensor, Tensor, int]:
         """k, v [B, tokens, heads, D] and the local index of their first token."""
         if side.owner == self.plan.rank:
-            at = self.heads("kv", part)
-            return self.k[:, :, at], self.v[:, :, at], 0
+            return (*self.kv.own(self.heads("kv", part)), 0)
         (joint,), start = self.courier.copy("kv", side, part)
-        return (*_unpack(joint), start)
+        return (*self.kv.unpack(joint), start)
 
     def pack_kv(self, item: Item) -> tuple[Tensor, ...]:
-        rows, heads = self.rows(item.chunk), self.heads("kv", item.heads)
-        return (torch.stack([self.k[:, rows, heads], self.v[:, rows, heads]], dim=2).transpose(0, 1).contiguous(),)
+        return (self.kv.pack(self.rows(item.chunk), self.heads("kv", item.heads)),)
 
 
 class _Forward(_Run):
@@ -166,21 +175,21 @@ class _Backward(_Run):
         self,
         dout: Tensor,
         q: Tensor,
-        k: Tensor,
-        v: Tensor,
+        keys: Keys,
         out: Tensor,
         lse: Tensor,
         plan: AttentionPlan,
         group: RankGroup,
         scale: float,
     ) -> None:
-        super().__init__(q, k, v, plan, group, scale)
+        super().__init__(q, keys, plan, group, scale)
         self.own = _Queries(q, dout, out, lse)
 
-    def run(self) -> tuple[Tensor, Tensor, Tensor]:
-        self.dq, self.dk, self.dv = (torch.zeros_like(x, dtype=self.wide) for x in (self.q, self.k, self.v))
+    def run(self) -> Tensor:
+        """The gradient of the queries; those of the keys are with them."""
+        self.dq = torch.zeros_like(self.q, dtype=self.wide)
         self.walk()
-        return self.dq, self.dk, self.dv
+        return self.dq
 
     def compute(self, work: Work) -> None:
         k, v, k_start = self.keys(work.k, work.heads)
@@ -193,18 +202,17 @@ class _Backward(_Run):
                 0, 1
             )
         if work.k.owner == rank:
-            at = self.heads("dkv", work.heads)
-            dk, dv = self.dk[:, :, at], self.dv[:, :, at]
+            dk, dv = self.kv.own_gradients(self.heads("dkv", work.heads))
         else:
-            joint = k.new_zeros(k.shape[1], k.shape[0], 2, *k.shape[2:], dtype=self.wide)
-            dk, dv = _unpack(joint)
+            (came,), _ = self.courier.copy("kv", work.k, work.heads)
+            dk, dv, homeward = self.kv.gradients_of(came, k)
         for part in work.bands:
             q, dout, out, lse, k_rows, v_rows, *into = _of_rows(part, *queries, k, v, dq, dk, dv)
             fused.backward_(dout, q, k_rows, v_rows, out, lse, part.band.moved(-q_start, -k_start), self.scale, into)
         if work.q.owner != rank:
             self.courier.add("dq", work.q, work.heads, (dq.transpose(0, 1),), q_start)
         if work.k.owner != rank:
-            self.courier.add("dkv", work.k, work.heads, (joint,), k_start)
+            self.courier.add("dkv", work.k, work.heads, (homeward(),), k_start)
 
     def queries(self, work: Work) -> tuple[_Queries, int]:
         """The queries of some work and the local index of their first token."""
@@ -234,9 +242,7 @@ class _Backward(_Run):
         if item.kind == "dq":
             self.dq[:, rows, heads] += arrived[0].transpose(0, 1)
         else:
-            dk, dv = _unpack(arrived[0])
-            self.dk[:, rows, heads] += dk
-            self.dv[:, rows, heads] += dv
+            self.kv.fold(rows, heads, arrived[0])
 
 
 def _delta(dout: Tensor, out: Tensor) -> Tensor:

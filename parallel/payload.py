@@ -15,17 +15,34 @@ from lctrain.parallel.schedule import Direction, Schedule
 
 @dataclasses.dataclass(frozen=True)
 class AttentionShape:
-    """Sizes that do not depend on the sequence: q is [batch, tokens, n_heads, head_dim], k and v have n_kv_heads."""
+    """Sizes that do not depend on the sequence: q is [batch, tokens, n_heads, head_dim], k and v have n_kv_heads.
+
+    latent: entries per token of the compressed latent that travels instead of k and v; None: these travel themselves.
+    """
 
     batch: int
     n_heads: int
     n_kv_heads: int
     head_dim: int
     dtype: torch.dtype
+    latent: int | None = None
+
+    @property
+    def travelling_heads(self) -> int:
+        """KV heads that a schedule may split; a latent belongs to all heads at once."""
+        return self.n_kv_heads if self.latent is None else 1
+
+    @property
+    def kv_size(self) -> tuple[int, int]:
+        """Slots and their entries per travelling KV head and token: keys and values, or the latent."""
+        return (2, self.head_dim) if self.latent is None else (1, self.latent)
 
     def split(self, slices: int) -> HeadSplit:
-        """The heads in `slices` parts."""
-        return split_heads(self.n_heads, self.n_kv_heads, slices)
+        """The heads in `slices` parts; every part needs the whole latent."""
+        if self.latent is None:
+            return split_heads(self.n_heads, self.n_kv_heads, slices)
+        q = split_heads(self.n_heads, self.n_heads, slices).q
+        return HeadSplit(q, tuple((0, 1) if b > a else (0, 0) for a, b in q), self.n_heads)
 
 
 class Part(NamedTuple):
@@ -47,11 +64,12 @@ def payload(kind: str, direction: Direction, shape: AttentionShape, split: HeadS
     """
     (q0, q1), (k0, k1) = split.q[heads], split.kv[heads]
     batch, size, wide = shape.batch, shape.head_dim, accumulation_dtype(shape.dtype)
+    slots, kv_size = shape.kv_size
     parts = {
-        "kv": (Part((batch, 2, k1 - k0, size), shape.dtype),),
+        "kv": (Part((batch, slots, k1 - k0, kv_size), shape.dtype),),
         "out": (Part((batch, q1 - q0, size), shape.dtype), Part((batch, q1 - q0), wide)),
         "dq": (Part((batch, q1 - q0, size), wide),),
-        "dkv": (Part((batch, 2, k1 - k0, size), wide),),
+        "dkv": (Part((batch, slots, k1 - k0, kv_size), wide),),
         "q": (Part((batch, q1 - q0, size), shape.dtype),)
         if direction == "forward"
         else (Part((batch, 2, q1 - q0, size), shape.dtype), Part((batch, 2, q1 - q0), wide)),
