@@ -11,14 +11,20 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from lctrain.config.schema import OptimConfig
+from lctrain.models.parallel import ModelParallel
+from lctrain.models.place import parameter_places
 
 
 def make_adamw(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
-    """AdamW over two groups: matrices decay, vectors (norms, biases) do not. The loop sets `lr` before every step."""
-    parameters = [p for p in model.parameters() if p.requires_grad]
+    """AdamW over two groups: what decays (see Place.decays), and what does not. The loop sets `lr` before every step."""
+    places = parameter_places(model)
+    split: dict[bool, list[nn.Parameter]] = {True: [], False: []}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            split[places[name].decays(parameter)].append(parameter)
     groups = [
-        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": config.weight_decay},
-        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
+        {"params": split[True], "weight_decay": config.weight_decay},
+        {"params": split[False], "weight_decay": 0.0},
     ]
     # A tensor step count and fused kernels: one pass over memory on CPU and CUDA alike.
     return torch.optim.AdamW(groups, lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps, fused=True)
@@ -43,24 +49,29 @@ def learning_rate(config: OptimConfig, step: int, steps: int) -> float:
 
 
 @torch.no_grad()
-def global_grad_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
-    """L2 norm over all gradients, fp64 scalar, every parameter counted once, equal on all ranks.
+def global_grad_norm(model: nn.Module, parallel: ModelParallel) -> Tensor:
+    """L2 norm over all gradients, fp64 scalar, every parameter counted once, equal on all ranks. Collective.
 
-    Sharded gradients add up over their mesh; replicated ones (complete on every rank after reduction) are counted as they are.
+    Sharded gradients (DTensor) lie spread over all ranks; cut ones add up over the groups that they are cut over; all others
+    are complete on every rank after reduction and are counted as they are.
     """
-    whole, sharded = [], []
-    for parameter in parameters:
-        if parameter.grad is None:
-            continue
-        if isinstance(parameter.grad, DTensor):
-            sharded.append(parameter.grad.to_local())
+    spread: dict[tuple[str, ...], list[Tensor]] = {}
+    places = parameter_places(model)
+    for name, parameter in model.named_parameters():
+        over = ("all ranks",) if isinstance(parameter, DTensor) else tuple(sorted(places[name].cuts))
+        gradients = spread.setdefault(over, [])
+        if parameter.grad is not None:
+            gradients.append(parameter.grad.to_local() if isinstance(parameter.grad, DTensor) else parameter.grad)
+    device = next((p.device for p in model.parameters()), None)
+    total = torch.zeros((), dtype=torch.float64, device=device)
+    for over, gradients in spread.items():
+        part = _sum_of_squares(gradients).to(total.device)
+        if over == ("all ranks",):
+            dist.all_reduce(part)
         else:
-            whole.append(parameter.grad)
-    total = _sum_of_squares(whole)
-    if sharded:
-        part = _sum_of_squares(sharded)
-        dist.all_reduce(part)
-        total = total.to(part.device) + part
+            for dimension in over:
+                parallel.group(dimension).all_reduce("grad_norm", part)
+        total += part
     return total.sqrt()
 
 

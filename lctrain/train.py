@@ -15,11 +15,13 @@ from lctrain.data.batch import StepBatch
 from lctrain.data.loader import Loader
 from lctrain.data.samples import SampleSource
 from lctrain.devices import DTYPES, choose_device, peak_flops, peak_memory_mb
-from lctrain.engines.base import Engine
-from lctrain.engines.torch_engine import TorchEngine
+from lctrain.engines.base import Engine, train_step
+from lctrain.engines.make import make_engine
 from lctrain.errors import UserError
 from lctrain.launch.process import Process
 from lctrain.launch.signals import StopRequest
+from lctrain.models.build import build_model
+from lctrain.models.model import LanguageModel
 from lctrain.models.pattern import parse_pattern
 from lctrain.optim import learning_rate
 from lctrain.parallel.balance import rank_entries
@@ -37,20 +39,21 @@ def train(config: TrainConfig, process: Process) -> int:
     Raises UserError, on every rank, for what the user can correct.
     """
     with StopRequest() as stop:
-        mesh = ProcessMesh(config.check_layout(process.world_size), config.parallel.cp, process.rank)
+        mesh = config.mesh(process.rank, process.world_size)
         device = choose_device(config.engine.device, process.local_rank, process.local_size)
-        engine = TorchEngine(config, mesh, mesh.sequence_group(), device)
+        engine = make_engine(config, mesh, mesh.make_groups(), device)
         run = RunDir(config.run_dir)
+        described = build_model(config)
         store = CheckpointStore(run.checkpoints, config.checkpoint.keep_last, config.checkpoint.keep_every)
         start, checkpoint = resume(config, store, engine, mesh.rank)
         tracker = open_tracker(config, mesh.rank, start)
         store.say = tracker.message
         status = 1
         try:
-            _announce(config, mesh, engine, start, checkpoint, tracker)
+            _announce(config, mesh, described, start, checkpoint, tracker)
             announce_choice(config, device, tracker)
             if start < config.trainer.steps:
-                _loop(config, mesh, engine, device, store, tracker, start, stop)
+                _loop(config, mesh, engine, described, device, store, tracker, start, stop)
             status = 0
         finally:
             tracker.close(status)
@@ -63,6 +66,7 @@ def _loop(
     config: TrainConfig,
     mesh: ProcessMesh,
     engine: Engine,
+    described: LanguageModel,
     device: torch.device,
     store: CheckpointStore,
     tracker: Tracker,
@@ -86,14 +90,14 @@ def _loop(
     with _loader(config, mesh, device, source, start) as loader:
         began = time.perf_counter()
         for batch in loader:
-            sums = _agree(config, batch, mesh, engine, stop)
+            sums = _agree(config, batch, mesh, described, stop)
             if sums["stop"]:
                 name = stop.requested or "a stop signal on another rank"
                 tracker.message(f"{name}: stopping after step {batch.step} of {trainer.steps}")
                 tracker.event("stop", step=batch.step, signal=name)
                 break
             lr = learning_rate(config.optim, batch.step, trainer.steps)
-            result = engine.train_step(batch, sums["targets"], lr)
+            result = train_step(engine, batch, sums["targets"], lr)
             step = batch.step + 1
             step_s = time.perf_counter() - began
             record: dict[str, Any] = {
@@ -110,6 +114,7 @@ def _loop(
                 "targets": sums["targets"],
                 "consumed": batch.consumed + trainer.global_batch,
                 "digest": f"{sums['digest'] % 2**DIGEST_BITS:016x}",
+                **result.extra,
             }
             if mesh.cp > 1:
                 record["cp_imbalance"] = sums["busiest"] / max(1, sums["entries"])
@@ -132,19 +137,21 @@ def _loop(
         tracker.event("end", step=done)
 
 
-def _agree(config: TrainConfig, batch: StepBatch, mesh: ProcessMesh, engine: Engine, stop: StopRequest) -> dict[str, int]:
+def _agree(
+    config: TrainConfig, batch: StepBatch, mesh: ProcessMesh, described: LanguageModel, stop: StopRequest
+) -> dict[str, int]:
     """Sums over the whole global batch, and whether any rank was asked to stop: equal on all ranks, one small all-reduce.
 
     entries: live score entries of attention; busiest: what they would be if every context-parallel rank had as many as the one
     with the most in its micro-batch, for which the others wait.
     """
-    first = mesh.cp_rank == 0  # every context-parallel rank knows its whole rows: one of them counts
+    first = mesh.counts_rows  # every rank that shares a row knows all of it: one of them counts
     window = _shared_window(config)
     work = [rank_entries(micro.layout, micro.borders, window=window) for micro in batch.micro_batches]
     names = {
         "targets": sum(micro.targets for micro in batch.micro_batches) * first,
         "tokens": sum(borders[-1] for micro in batch.micro_batches for borders in micro.borders) * first,
-        "flops": sum(engine.model.flops(micro.borders) for micro in batch.micro_batches) * first,
+        "flops": sum(described.flops(micro.borders) for micro in batch.micro_batches) * first,
         "entries": sum(map(sum, work)) * first,
         "busiest": sum(map(max, work)) * mesh.cp * first,
         "digest": batch.digest * first,
@@ -199,13 +206,15 @@ def _shared_window(config: TrainConfig) -> int | None:
     return config.model.attention.window if symbols <= {"W", "-"} else None
 
 
-def _announce(config: TrainConfig, mesh: ProcessMesh, engine: Engine, start: int, checkpoint: object, tracker: Tracker) -> None:
-    parameters = sum(parameter.numel() for parameter in engine.model.parameters())
+def _announce(
+    config: TrainConfig, mesh: ProcessMesh, described: LanguageModel, start: int, checkpoint: object, tracker: Tracker
+) -> None:
+    parameters = sum(parameter.numel() for parameter in described.parameters())
     if mesh.rank == 0:  # not before: a config that the resume has refused would stand beside checkpoints that it does not fit
         RunDir(config.run_dir).note_config(config)
     tracker.message(
         f"{config.model.name}: {parameters:,} parameters, pattern {config.model.pattern}, {config.engine.dtype};"
-        f" {mesh.size} process{'es' if mesh.size > 1 else ''} = dp {mesh.dp} x cp {mesh.cp}"
+        f" {mesh.sizes}"
         f" ({config.parallel.layout}, {config.parallel.attention}); {config.trainer.global_batch} x {config.trainer.seq_len:,}"
         f" tokens a step; run directory {config.run_dir}"
     )

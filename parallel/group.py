@@ -1,4 +1,4 @@
-"""RankGroup: the processes that share one sequence, and the only door through which their tensors travel."""
+"""RankGroup: the processes along one dimension of the mesh, and the only door through which their tensors travel."""
 
 from __future__ import annotations
 
@@ -10,11 +10,12 @@ from torch import Tensor
 
 
 class RankGroup:
-    """Rank, size and point-to-point exchange of a sequence-parallel group, with a count of every byte handed over.
+    """Rank, size and exchanges of a group of processes, with a count of every byte handed over.
 
     A group of one needs no process group: `RankGroup()`.
 
-    sent: bytes sent so far by kind of item, exactly as given to the process group.
+    sent: bytes sent so far by kind of item, exactly as given to the process group; a gathered tensor counts once for every
+        other rank, a summed one once.
     """
 
     def __init__(self, process_group: dist.ProcessGroup | None = None) -> None:
@@ -44,3 +45,36 @@ class RankGroup:
         for buffer, peer in receives:
             operations.append(dist.P2POp(dist.irecv, buffer, group=self.process_group, group_peer=self._peers[peer]))
         return dist.batch_isend_irecv(operations) if operations else []
+
+    def all_reduce(self, kind: str, tensor: Tensor) -> Tensor:
+        """The sum over all ranks, in place."""
+        if self.size > 1:
+            self._count(kind, tensor.nbytes)
+            dist.all_reduce(tensor, group=self.process_group)
+        return tensor
+
+    def all_gather(self, kind: str, tensor: Tensor) -> Tensor:
+        """Every rank's tensor, all of one shape [...]: [size, ...] in the order of ranks."""
+        if self.size == 1:
+            return tensor[None]
+        self._count(kind, tensor.nbytes * (self.size - 1))
+        gathered = tensor.new_empty(self.size * tensor.numel())
+        dist.all_gather_into_tensor(gathered, tensor.contiguous().flatten(), group=self.process_group)
+        return gathered.view(self.size, *tensor.shape)
+
+    def all_to_all(self, kind: str, tensor: Tensor, send_rows: Sequence[int], receive_rows: Sequence[int]) -> Tensor:
+        """Rows for every rank, in the order of ranks, against the rows that they have for this one: [sum(receive_rows), ...].
+
+        tensor: [sum(send_rows), ...]. Both lists may hold zeros; rank a's send_rows[b] must be rank b's receive_rows[a].
+        """
+        if self.size == 1:
+            return tensor
+        row = tensor[:1].nbytes if len(tensor) else 0
+        self._count(kind, row * (sum(send_rows) - send_rows[self.rank]))
+        received = tensor.new_empty(sum(receive_rows), *tensor.shape[1:])
+        dist.all_to_all_single(received, tensor.contiguous(), list(receive_rows), list(send_rows), group=self.process_group)
+        return received
+
+    def _count(self, kind: str, size: int) -> None:
+        assert len(self._peers) == dist.get_world_size(self.process_group), "part of a group has no collectives of its own"
+        self.sent[kind] += size

@@ -22,6 +22,8 @@ class SequenceMeta:
     positions: int64 [B, layout.local_length], restarting in every document.
     documents: per batch row, the global document borders.
     strategy: how attention works over the ranks: the same in all layers, or one for each window (None: layers without).
+    side_loss_scale: factor of a layer's own loss, given as this rank's part of a mean over the micro-batch, that makes its
+        gradient weigh as much as that of the main loss in the step.
     """
 
     def __init__(
@@ -31,8 +33,10 @@ class SequenceMeta:
         positions: Tensor,
         documents: tuple[Borders, ...],
         strategy: str | Strategy | Mapping[int | None, Strategy] = "ring",
+        side_loss_scale: float = 1.0,
     ) -> None:
         self.layout, self.group, self.positions, self.documents = layout, group, positions, documents
+        self.side_loss_scale = side_loss_scale
         self._strategy = Strategy(strategy) if isinstance(strategy, str) else strategy
         self._made: dict[object, object] = {}
 

@@ -18,7 +18,7 @@ from lctrain.bench.step_ours import Step, random_batch, train_config
 from lctrain.config.bench import StepBenchConfig
 from lctrain.config.schema import ModelConfig
 from lctrain.devices import DTYPES
-from lctrain.engines.torch_engine import build_model
+from lctrain.models.build import build_model
 from lctrain.models.init import initialise
 from lctrain.models.model import LanguageModel
 from lctrain.models.pattern import parse_pattern
@@ -77,7 +77,7 @@ class Llama:
         assert settings.optim.clip_norm is not None
         self.dtype, self.clip_norm = DTYPES[config.dtype], settings.optim.clip_norm
         self.micro = random_batch(config, seq).micro_batches[0]
-        ours = build_model(settings, torch.device("cpu")).to_empty(device="cpu")
+        ours = build_model(settings).to_empty(device="cpu")
         initialise(ours, config.seed)
         self.model = LlamaForCausalLM(llama_config(config.model, seq)).train()
         self.model.load_state_dict(llama_weights(ours))

@@ -13,8 +13,8 @@ from lctrain.config.bench import StepBenchConfig
 from lctrain.config.schema import CorpusConfig, DataConfig, EngineConfig, TrainConfig, TrainerConfig
 from lctrain.data.batch import MicroBatch, StepBatch
 from lctrain.devices import DTYPES, gemm_flops
+from lctrain.engines.base import train_step
 from lctrain.engines.torch_engine import TorchEngine
-from lctrain.parallel.group import RankGroup
 from lctrain.parallel.layout import SequenceLayout, count_targets, document_positions, shift_labels
 from lctrain.parallel.mesh import ProcessMesh
 
@@ -41,12 +41,13 @@ class Ours:
         self.dtype = DTYPES[config.dtype]
         self.train_config = train_config(config, seq)
         self.batch = random_batch(config, seq)
-        self.engine = TorchEngine(self.train_config, ProcessMesh(1, 1, 0), RankGroup(), CPU)
+        mesh = ProcessMesh(0)
+        self.engine = TorchEngine(self.train_config, mesh, mesh.make_groups(), CPU)
 
     def step(self) -> Step:
         """Forward, backward, clipping and update."""
         start, cpu = time.perf_counter(), time.process_time()
-        result = self.engine.train_step(self.batch, self.batch.micro_batches[0].targets, self.train_config.optim.lr)
+        result = train_step(self.engine, self.batch, self.batch.micro_batches[0].targets, self.train_config.optim.lr)
         return Step(time.perf_counter() - start, time.process_time() - cpu, result.loss, result.grad_norm)
 
     def memory(self) -> tuple[float, float]:

@@ -41,8 +41,8 @@ def main(args: list[str]) -> int:
     except UserError:
         import torch.distributed as dist
 
-        # All ranks raise it, or before they have met all of one machine: one line is enough. The others wait for torchrun to end
-        # them, because the first that leaves has all the rest stopped, the one that speaks among them.
+        # All ranks raise it, or before they have met all of one machine: one line is enough. The others wait for torchrun to
+        # end them, because the first that leaves has all the rest stopped, the one that speaks among them.
         if (process.rank if dist.is_initialized() else process.local_rank) != 0:
             time.sleep(_SPEAKERS_TIME_S)  # past it nobody has spoken: the mistake is this rank's alone
         raise

@@ -6,49 +6,24 @@ whatever does not fit. Only checks that need nothing but the config live here; w
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+import math
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field, model_validator
 
 from lctrain.config.cluster import ClusterConfig
+from lctrain.config.latent_attention import LatentAttentionConfig
+from lctrain.config.rope import RopeConfig
 from lctrain.config.strict import Fraction, NonNegative, NonNegativeFloat, Positive, PositiveFloat, Strict
+
+if TYPE_CHECKING:
+    from lctrain.parallel.mesh import ProcessMesh
 
 NonEmpty = Annotated[str, Field(min_length=1)]
 LayoutKind = Literal["contiguous", "zigzag", "striped", "balanced"]
 Ring = Literal["ring", "bidirectional_ring", "double_ring", "token_ring", "all_gather"]
 Strategy = Literal["ring", "bidirectional_ring", "double_ring", "token_ring", "all_gather", "ulysses", "usp"]
 StrategyOrAuto = Literal["ring", "bidirectional_ring", "double_ring", "token_ring", "all_gather", "ulysses", "usp", "auto"]
-
-
-class RopeConfig(Strict):
-    """Rotary position embedding and how it is stretched to longer context."""
-
-    theta: PositiveFloat = 10_000.0
-    """Base of the rotation frequencies."""
-    scaling: Literal["none", "linear", "yarn", "llama3"] = "none"
-    """Rule that stretches the frequencies: none, linear (position interpolation), yarn, or llama3 (by-part smoothing)."""
-    factor: PositiveFloat = 1.0
-    """Ratio of the wanted context to the original one; used by every rule but `none`."""
-    original_max_position: Positive = 8192
-    """Context length, in tokens, of the model before stretching (yarn, llama3)."""
-    low_freq_factor: PositiveFloat = 1.0
-    """llama3: wavelengths longer than original_max_position / this are stretched fully."""
-    high_freq_factor: PositiveFloat = 4.0
-    """llama3: wavelengths shorter than original_max_position / this are left alone."""
-    beta_fast: PositiveFloat = 32.0
-    """yarn: rotations over the original context above which a frequency is left alone."""
-    beta_slow: PositiveFloat = 1.0
-    """yarn: rotations over the original context below which a frequency is stretched fully."""
-
-    @model_validator(mode="after")
-    def _check(self) -> RopeConfig:
-        if self.scaling == "none" and self.factor != 1.0:
-            raise ValueError(f"rope.factor={self.factor} has no effect with rope.scaling=none; choose linear, yarn or llama3")
-        if self.high_freq_factor <= self.low_freq_factor:
-            raise ValueError(
-                f"rope.high_freq_factor={self.high_freq_factor} must exceed rope.low_freq_factor={self.low_freq_factor}"
-            )
-        return self
 
 
 class AttentionConfig(Strict):
@@ -91,7 +66,7 @@ class ModelConfig(Strict):
     name: str = "custom"
     """Name of the preset, for people."""
     pattern: str
-    """One symbol per sublayer: `*` attention, `W` windowed attention, `-` MLP; repeats as in `(*-){12}`."""
+    """One symbol per sublayer: `*` attention, `W` windowed attention, `+` latent attention, `-` MLP; repeats as in `(*-){12}`."""
     d_model: Positive
     """Width of the residual stream."""
     vocab_size: Positive
@@ -100,6 +75,8 @@ class ModelConfig(Strict):
     """Settings of `*` and `W`."""
     mlp: MlpConfig = MlpConfig()
     """Settings of `-`."""
+    latent_attention: LatentAttentionConfig = LatentAttentionConfig()
+    """Settings of `+`."""
     norm_eps: PositiveFloat = 1e-5
     """Epsilon of every RMSNorm."""
     tie_embeddings: bool = False
@@ -169,7 +146,16 @@ class ParallelConfig(Strict):
     cp: Positive = 1
     """Context-parallel size: processes that share one sequence."""
     dp: Positive | None = None
-    """Data-parallel size; null means processes / cp."""
+    """Data-parallel size; null means processes / (cp x tp x pp)."""
+    tp: Positive = 1
+    """Tensor-parallel size: processes that share every matrix (engine.name=megatron or deepspeed)."""
+    pp: Positive = 1
+    """Pipeline-parallel size: processes that hold consecutive layers (engine.name=megatron or deepspeed)."""
+    ep: Positive = 1
+    """Expert-parallel size: processes that divide the experts of a mixture among them; folded from the dp x cp x tp processes
+    of a pipeline stage, neighbours first."""
+    etp: Positive = 1
+    """Processes that share the matrices of one expert; ep x etp must divide dp x cp x tp."""
     layout: LayoutKind = "zigzag"
     """Which tokens each context-parallel rank owns. zigzag evens out the work of one long document; balanced deals blocks anew
     for the packed documents of every micro-batch; striped is even for any, but every rank then needs all keys."""
@@ -376,17 +362,49 @@ class TrainConfig(Strict):
             )
         return self
 
+    def mesh(self, rank: int, processes: int) -> ProcessMesh:
+        """The grid of `processes` processes, seen from `rank`; ValueError if the layout does not divide."""
+        from lctrain.parallel.mesh import ProcessMesh
+
+        layout = self.parallel
+        return ProcessMesh(rank, self.check_layout(processes), layout.cp, layout.tp, layout.pp, layout.ep, layout.etp)
+
     def check_layout(self, processes: int) -> int:
         """Data-parallel size for `processes` processes; ValueError with the fix if the layout does not divide."""
-        cp, dp = self.parallel.cp, self.parallel.dp
-        if processes % cp:
-            fits = [n for n in range(1, processes + 1) if processes % n == 0]
-            raise ValueError(
-                f"launcher.processes={processes} is not a multiple of parallel.cp={cp}; with {processes} processes"
-                f" parallel.cp can be {', '.join(map(str, fits))}"
+        parallel = self.parallel
+        cp, dp, tp, pp = parallel.cp, parallel.dp, parallel.tp, parallel.pp
+        if self.engine.name == "torch":
+            for name in ("tp", "pp", "etp"):
+                if getattr(parallel, name) > 1:
+                    raise ValueError(
+                        f"parallel.{name}={getattr(parallel, name)} needs engine.name=megatron or deepspeed:"
+                        " engine.name=torch has data, context and expert parallelism"
+                    )
+        model = cp * tp * pp
+        product = " x ".join(
+            f"parallel.{name}={getattr(parallel, name)}"
+            for name in ("cp", "tp", "pp")
+            if name == "cp" or getattr(parallel, name) > 1
+        )
+        if processes % model:
+            others = processes // math.gcd(processes, tp * pp)
+            fits = [n for n in range(1, others + 1) if processes % (n * tp * pp) == 0]
+            can = (
+                f"parallel.cp can be {', '.join(map(str, fits))}"
+                if fits
+                else f"there is none for parallel.tp={tp} x parallel.pp={pp}"
             )
-        if dp is not None and dp * cp != processes:
-            raise ValueError(f"parallel.dp={dp} x parallel.cp={cp} is {dp * cp}, but launcher.processes={processes}")
+            raise ValueError(f"launcher.processes={processes} is not a multiple of {product}; with {processes} processes {can}")
+        if dp is not None and dp * model != processes:
+            raise ValueError(f"parallel.dp={dp} x {product} is {dp * model}, but launcher.processes={processes}")
+        stage = processes // pp
+        if stage % (parallel.ep * parallel.etp):
+            fits = [n for n in range(1, stage + 1) if stage % (n * parallel.etp) == 0]
+            can = ", ".join(map(str, fits)) if fits else f"nothing with parallel.etp={parallel.etp}"
+            raise ValueError(
+                f"parallel.ep={parallel.ep} x parallel.etp={parallel.etp} does not divide the {stage} processes that share a"
+                f" pipeline stage; parallel.ep can be {can}"
+            )
         for name in ("ulysses", "node_size"):
             degree = getattr(self.parallel, name)
             if degree is not None and cp % degree:
@@ -394,7 +412,7 @@ class TrainConfig(Strict):
                 raise ValueError(
                     f"parallel.{name}={degree} does not divide parallel.cp={cp}; it can be {', '.join(map(str, fits))}"
                 )
-        dp = processes // cp
+        dp = processes // model
         per_pass = dp * self.trainer.micro_batch
         if self.trainer.global_batch % per_pass:
             raise ValueError(

@@ -6,30 +6,43 @@ import dataclasses
 from collections.abc import Iterable
 from typing import Any, Protocol
 
+from torch import Tensor
+
 from lctrain.data.batch import MicroBatch, StepBatch
-from lctrain.models.model import LanguageModel
 
 
 @dataclasses.dataclass(frozen=True)
 class StepResult:
-    """One optimizer step, equal on all ranks.
+    """Forward and backward pass over one global batch, equal on all ranks.
 
     loss: mean cross-entropy over all targets of the global batch, in nats. grad_norm: global, before clipping.
-    problem: None, or what was not finite, where and in which documents; the weights were not updated then.
+    problem: None, or what was not finite, where and in which documents: the weights must not be updated then.
+    extra: further metrics of the step, as metrics.jsonl shows them.
     """
 
     loss: float
     grad_norm: float
     problem: str | None
+    extra: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
 class Engine(Protocol):
     """Owner of the weights, gradients, optimizer state and their distribution over processes."""
 
-    model: LanguageModel
+    def backward(self, batch: StepBatch, targets: int) -> StepResult:
+        """Gradients of the mean loss over one global batch that has `targets` valid labels over all ranks."""
+        ...
 
-    def train_step(self, batch: StepBatch, targets: int, lr: float) -> StepResult:
-        """Forward, backward and update over one global batch that has `targets` valid labels over all ranks."""
+    def gradients(self) -> dict[str, Tensor]:
+        """Those gradients before clipping, whole, fp32 on CPU, by parameter name; on rank 0, {} elsewhere. Collective."""
+        ...
+
+    def update(self, lr: float) -> None:
+        """Clip the gradients and let the optimizer step."""
+        ...
+
+    def discard(self) -> None:
+        """Drop the gradients."""
         ...
 
     def evaluate(self, batches: Iterable[MicroBatch]) -> float:
@@ -43,3 +56,13 @@ class Engine(Protocol):
     def load_state(self, state: dict[str, Any]) -> None:
         """Take over what `state()` returned, possibly after a checkpoint was read into it."""
         ...
+
+
+def train_step(engine: Engine, batch: StepBatch, targets: int, lr: float) -> StepResult:
+    """One optimizer step; without an update if anything was not finite."""
+    result = engine.backward(batch, targets)
+    if result.problem is None:
+        engine.update(lr)
+    else:
+        engine.discard()
+    return result

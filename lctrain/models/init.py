@@ -9,36 +9,70 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from lctrain.models.layers import Linear, RMSNorm
 from lctrain.models.model import LanguageModel
+from lctrain.models.parallel import ModelParallel
+from lctrain.models.place import Family, Place, parameter_places, part_of
 
 
 @torch.no_grad()
 def initialise(model: LanguageModel, seed: int) -> None:
-    """Fill every parameter in place; sharded parameters get their part of what one process would have.
+    """Fill every parameter in place; cut and sharded parameters get their part of what one process would have.
 
     Normal with std `init_std`; projections into the residual stream have it divided by sqrt(number of sublayers)
-    (Radford et al. 2019); norms 1, biases and attention sinks 0.
+    (Radford et al. 2019); norms 1, biases and attention sinks 0. A module with a method `initial` decides for itself:
+    initial(name, whole shape, std, generator) -> values, or None for the above.
     """
     std = model.config.init_std
-    seen: set[str] = set()
+    places = parameter_places(model)
     for prefix, module in model.named_modules():
-        for name, parameter in module.named_parameters(prefix=prefix, recurse=False):
-            seen.add(name)
-            if isinstance(module, RMSNorm):
-                parameter.fill_(1.0)
-            elif name.endswith(("bias", "sinks")):
-                parameter.zero_()
-            else:
-                residual = isinstance(module, Linear) and module.residual
-                _fill_normal(parameter, std / math.sqrt(len(model.layers)) if residual else std, seed, name)
-    assert seen == {name for name, _ in model.named_parameters()}
+        for local, parameter in module.named_parameters(recurse=False):
+            name = f"{prefix}.{local}" if prefix else local
+            place = places.pop(name)
+            scale = std / math.sqrt(model.depth) if _into_residual(module, local) else std
+            _copy(parameter, _initial_part(module, local, name, parameter, place, scale, seed, model.parallel))
+    assert not places, places
 
 
-def _fill_normal(parameter: nn.Parameter, std: float, seed: int, name: str) -> None:
+def _initial_part(
+    module: nn.Module,
+    local: str,
+    name: str,
+    parameter: nn.Parameter,
+    place: Place,
+    std: float,
+    seed: int,
+    parallel: ModelParallel,
+) -> Tensor:
+    shape = list(parameter.shape)
+    for dimension, axis in place.cuts.items():
+        shape[axis] *= parallel.group(dimension).size
+    if place.family is Family.EXPERT:  # one by one: no rank needs room for experts that it does not hold
+        own = parameter.shape[0]
+        first = own * parallel.ep.rank if "ep" in place.cuts else 0
+        rest = Place(place.family, {dimension: axis - 1 for dimension, axis in place.cuts.items() if dimension != "ep"})
+        whole = [_whole(module, local, f"{name}/{expert}", shape[1:], std, seed, place) for expert in range(first, first + own)]
+        return torch.stack([part_of(expert, rest, parallel) for expert in whole])
+    return part_of(_whole(module, local, name, shape, std, seed, place), place, parallel)
+
+
+def _whole(module: nn.Module, local: str, name: str, shape: list[int], std: float, seed: int, place: Place) -> Tensor:
     digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
-    _copy(parameter, torch.randn(parameter.shape, generator=generator) * std)
+    if hasattr(module, "initial"):
+        values = module.initial(local, shape, std, generator)
+        if values is not None:
+            return values  # type: ignore[no-any-return]
+    if place.family is Family.NORM:
+        return torch.ones(shape)
+    if name.endswith(("bias", "sinks")):
+        return torch.zeros(shape)
+    return torch.randn(shape, generator=generator) * std
+
+
+def _into_residual(module: nn.Module, local: str) -> bool:
+    """`residual` of a module: True, or the names of those of its parameters that project into the residual stream."""
+    marked = getattr(module, "residual", False)
+    return marked if isinstance(marked, bool) else local in marked
 
 
 def _copy(parameter: nn.Parameter, whole: Tensor) -> None:

@@ -6,15 +6,17 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from lctrain.config.schema import ModelConfig
-from lctrain.models.layers import Linear, RMSNorm
+from lctrain.models.layers import RMSNorm
 from lctrain.models.loss import linear_cross_entropy
+from lctrain.models.parallel import ModelParallel
 from lctrain.models.pattern import LayerSpec, parse_pattern
+from lctrain.models.place import Place
 from lctrain.models.registry import Mixer, build_mixer
+from lctrain.models.tensor_parallel import column_linear, embed, gather_tokens
 from lctrain.parallel.mask import Borders
 from lctrain.parallel.sequence import SequenceMeta
 
@@ -30,13 +32,13 @@ class LossSums(NamedTuple):
 class Sublayer(nn.Module):
     """x + mixer(norm(x))."""
 
-    def __init__(self, spec: LayerSpec, config: ModelConfig) -> None:
+    def __init__(self, spec: LayerSpec, config: ModelConfig, parallel: ModelParallel) -> None:
         super().__init__()
-        self.norm = RMSNorm(config.d_model, config.norm_eps)
-        self.mixer: Mixer = build_mixer(spec, config)
+        self.norm = RMSNorm(config.d_model, config.norm_eps, parallel)
+        self.mixer: Mixer = build_mixer(spec, config, parallel)
 
     def forward(self, x: Tensor, seq: SequenceMeta) -> Tensor:
-        """x [B, T, d_model] -> same shape."""
+        """x [B, S, d_model] -> same shape; S is T, divided by tensor-parallel ranks (see tensor_parallel)."""
         return x + self.mixer(self.norm(x), seq)
 
     def decode(self, x: Tensor, state: object) -> Tensor:
@@ -49,42 +51,68 @@ class LanguageModel(nn.Module):
 
     Args:
         checkpointing: keep only each sublayer's input and recompute the rest in backward.
+        parallel: the ranks over which matrices are cut; this object holds its rank's part of each.
     """
 
-    def __init__(self, config: ModelConfig, dtype: torch.dtype = torch.float32, checkpointing: bool = False) -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        dtype: torch.dtype = torch.float32,
+        checkpointing: bool = False,
+        parallel: ModelParallel | None = None,
+    ) -> None:
         super().__init__()
         self.config, self.dtype, self.checkpointing = config, dtype, checkpointing
-        self.embedding = nn.Parameter(torch.empty(config.vocab_size, config.d_model))
+        self.parallel = parallel or ModelParallel()
+        tp = self.parallel.tp.size
+        assert config.vocab_size % tp == 0, (config.vocab_size, tp)
+        self.embedding = nn.Parameter(torch.empty(config.vocab_size // tp, config.d_model))
         self.layers: Sequence[Sublayer] = nn.ModuleList(  # type: ignore[assignment]
-            Sublayer(spec, config) for spec in parse_pattern(config.pattern)
+            Sublayer(spec, config, self.parallel) for spec in parse_pattern(config.pattern)
         )
-        self.norm = RMSNorm(config.d_model, config.norm_eps)
-        self.head = None if config.tie_embeddings else Linear(config.d_model, config.vocab_size)
+        self.norm = RMSNorm(config.d_model, config.norm_eps, self.parallel)
+        self.head = None if config.tie_embeddings else column_linear(self.parallel, config.d_model, config.vocab_size)
+
+    def places(self) -> dict[str, Place]:
+        """See Place."""
+        return {"embedding": Place(cuts={"tp": 0})} if self.parallel.tp.size > 1 else {}
+
+    @property
+    def depth(self) -> int:
+        """Sublayers of the whole model."""
+        return len(self.layers)
 
     @property
     def output_weight(self) -> Tensor:
-        """[vocab_size, d_model]: the head's matrix, or the embedding if they are tied."""
+        """[vocab_size / tp, d_model]: the head's matrix, or the embedding if they are tied."""
         return self.embedding if self.head is None else self.head.weight
 
     def forward(
         self, tokens: Tensor, labels: Tensor, seq: SequenceMeta, loss_chunk: int = 1024, z_weight: float = 0.0
     ) -> LossSums:
         """tokens, labels: int64 [B, T], this rank's shard. See linear_cross_entropy for the rest."""
-        hidden = self.hidden(tokens, seq)
-        objective, cross_entropy, losses = linear_cross_entropy(
-            hidden.flatten(0, 1), self.output_weight, labels.flatten(), loss_chunk, z_weight
-        )
-        return LossSums(objective, cross_entropy, losses.view_as(labels))
+        return self.loss(self.run(self.embed(tokens), seq), labels, loss_chunk, z_weight)
 
-    def hidden(self, tokens: Tensor, seq: SequenceMeta) -> Tensor:
-        """Normed last hidden states, [B, T, d_model]."""
-        x = F.embedding(tokens, self.embedding).to(self.dtype)
+    def embed(self, tokens: Tensor) -> Tensor:
+        """int64 [B, T] -> [B, S, d_model]."""
+        return embed(self.parallel, tokens, self.embedding, self.dtype)
+
+    def run(self, x: Tensor, seq: SequenceMeta) -> Tensor:
+        """All sublayers, [B, S, d_model] -> same shape."""
         for layer in self.layers:
             if self.checkpointing and torch.is_grad_enabled():
                 x = checkpoint(layer, x, seq, use_reentrant=False, preserve_rng_state=False)
             else:
                 x = layer(x, seq)
-        return self.norm(x)
+        return x
+
+    def loss(self, x: Tensor, labels: Tensor, loss_chunk: int, z_weight: float) -> LossSums:
+        """Last norm, output projection and loss of x [B, S, d_model]."""
+        hidden = gather_tokens(self.parallel, self.norm(x), labels.shape[1])
+        objective, cross_entropy, losses = linear_cross_entropy(
+            hidden.flatten(0, 1), self.output_weight, labels.flatten(), loss_chunk, z_weight, self.parallel.tp
+        )
+        return LossSums(objective, cross_entropy, losses.view_as(labels))
 
     def new_state(self) -> list[object]:
         """State for `decode`, one entry per sublayer."""
@@ -93,7 +121,7 @@ class LanguageModel(nn.Module):
     @torch.no_grad()
     def decode(self, tokens: Tensor, state: list[object]) -> Tensor:
         """fp32 logits [B, vocab_size] after the newest tokens [B, S] of one document; updates the state."""
-        x = F.embedding(tokens, self.embedding).to(self.dtype)
+        x = self.embed(tokens)
         for layer, memory in zip(self.layers, state, strict=True):
             x = layer.decode(x, memory)
         return self.norm(x[:, -1]).float() @ self.output_weight.float().t()

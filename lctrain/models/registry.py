@@ -9,7 +9,9 @@ from torch import Tensor
 
 from lctrain.config.schema import ModelConfig
 from lctrain.models.attention import Attention
+from lctrain.models.latent_attention import LatentAttention
 from lctrain.models.mlp import Mlp
+from lctrain.models.parallel import ModelParallel
 from lctrain.models.pattern import SYMBOLS, LayerSpec
 from lctrain.parallel.mask import Borders
 from lctrain.parallel.sequence import SequenceMeta
@@ -31,18 +33,19 @@ class Mixer(Protocol):
         """Multiply-adds x 2 of one forward pass over whole sequences with these documents."""
 
 
-TOKEN_MIXERS: dict[str, Callable[[ModelConfig], Mixer]] = {
-    "*": lambda config: Attention(config, windowed=False),
-    "W": lambda config: Attention(config, windowed=True),
+TOKEN_MIXERS: dict[str, Callable[[ModelConfig, ModelParallel], Mixer]] = {
+    "*": lambda config, parallel: Attention(config, False, parallel),
+    "W": lambda config, parallel: Attention(config, True, parallel),
+    "+": LatentAttention,
 }
 """Mixers that move information between tokens."""
 
-CHANNEL_MIXERS: dict[str, Callable[[ModelConfig], Mixer]] = {"-": Mlp}
+CHANNEL_MIXERS: dict[str, Callable[[ModelConfig, ModelParallel], Mixer]] = {"-": Mlp}
 """Mixers that work on each token by itself."""
 
 assert set(SYMBOLS) == set(TOKEN_MIXERS) | set(CHANNEL_MIXERS)
 
 
-def build_mixer(spec: LayerSpec, config: ModelConfig) -> Mixer:
-    """The mixer of one sublayer."""
-    return {**TOKEN_MIXERS, **CHANNEL_MIXERS}[spec.symbol](config)
+def build_mixer(spec: LayerSpec, config: ModelConfig, parallel: ModelParallel) -> Mixer:
+    """This rank's part of the mixer of one sublayer."""
+    return {**TOKEN_MIXERS, **CHANNEL_MIXERS}[spec.symbol](config, parallel)

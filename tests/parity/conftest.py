@@ -28,10 +28,11 @@ from lctrain.config.schema import (
 )
 from lctrain.data.batch import DocumentSpan, MicroBatch, StepBatch
 from lctrain.engines import torch_engine
-from lctrain.engines.base import StepResult
+from lctrain.engines.base import StepResult, train_step
 from lctrain.engines.torch_engine import TorchEngine
 from lctrain.launch.ranks import close_pools, run_ranks
 from lctrain.models.model import LanguageModel
+from lctrain.models.parallel import ModelParallel
 from lctrain.parallel.deal import make_layout
 from lctrain.parallel.layout import IGNORE, count_targets, document_positions, shift_labels
 from lctrain.parallel.mesh import ProcessMesh
@@ -143,16 +144,16 @@ def make_batch(setup: Setup, mesh: ProcessMesh, step: int, change: Callable[[int
 def make_engine(setup: Setup, rank: int) -> TorchEngine:
     """Collective. In double, weights, arithmetic, gradients and optimizer state are all fp64."""
     config = setup.config()
-    mesh = ProcessMesh(setup.dp, setup.cp, rank)
+    mesh = ProcessMesh(rank, setup.dp, setup.cp)
 
-    def build_double(config: TrainConfig, device: torch.device) -> LanguageModel:
+    def build_double(config: TrainConfig, parallel: ModelParallel) -> LanguageModel:
         with torch.device("meta"):
             checkpointing = config.engine.activation_checkpointing == "layer"
-            return LanguageModel(config.model, torch.float64, checkpointing).double()
+            return LanguageModel(config.model, torch.float64, checkpointing, parallel).double()
 
     build = build_double if setup.double else torch_engine.build_model
     with patch.object(torch_engine, "build_model", build):
-        return TorchEngine(config, mesh, mesh.sequence_group(), torch.device("cpu"))
+        return TorchEngine(config, mesh, mesh.make_groups(), torch.device("cpu"))
 
 
 def whole(tensor: Tensor) -> Tensor:
@@ -179,7 +180,7 @@ def train_steps(rank: int, world_size: int, setup: Setup, steps: int) -> Outcome
     results = []
     for step in range(steps):
         batch = make_batch(setup, engine.mesh, step)
-        results.append(engine.train_step(batch, count_all_targets(batch, engine.mesh), setup.lr))
+        results.append(train_step(engine, batch, count_all_targets(batch, engine.mesh), setup.lr))
     weights = {name: whole(parameter) for name, parameter in engine.model.named_parameters()}
     return Outcome(results, gradients, weights) if rank == 0 else Outcome(results, {}, {})
 

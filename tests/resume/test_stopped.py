@@ -54,7 +54,7 @@ def test_stop_while_the_ranks_meet(training):
 
 def test_stop_while_the_model_is_built_saves_nothing(training):
     run = training("tracking.plot=true")
-    run.start_held("lctrain.train:TorchEngine", 1, processes=2)
+    run.start_held("lctrain.train:make_engine", 1, processes=2)
     os.kill(run.launcher, signal.SIGTERM)
     run.wait_until(lambda: "SIGTERM" in run.said(1))
     run.go_on()

@@ -12,6 +12,7 @@ from torch.distributed.fsdp import fully_shard
 from lctrain.config.schema import AttentionConfig, ModelConfig, OptimConfig, ScheduleConfig
 from lctrain.launch.ranks import run_ranks
 from lctrain.models.model import LanguageModel
+from lctrain.models.parallel import ModelParallel
 from lctrain.optim import global_grad_norm, learning_rate, make_adamw, scale_gradients
 
 PEAK = 2e-3
@@ -123,22 +124,22 @@ def test_norm_of_whole_gradients() -> None:
     model = make_model()
     for parameter, gradient in zip(model.parameters(), make_gradients(), strict=True):
         parameter.grad = gradient
-    norm = global_grad_norm(model.parameters())
+    norm = global_grad_norm(model, ModelParallel())
     assert norm.dtype == torch.float64
     assert float(norm) == pytest.approx(exact_norm(), rel=1e-6)
     scale_gradients(model.parameters(), 0.5)
-    assert float(global_grad_norm(model.parameters())) == pytest.approx(exact_norm() / 2, rel=1e-6)
+    assert float(global_grad_norm(model, ModelParallel())) == pytest.approx(exact_norm() / 2, rel=1e-6)
 
 
 def test_norm_of_no_gradients() -> None:
-    assert float(global_grad_norm(make_model().parameters())) == 0
+    assert float(global_grad_norm(make_model(), ModelParallel())) == 0
 
 
 def test_norm_of_a_broken_gradient_is_not_finite() -> None:
     model = make_model()
     for value in (math.nan, math.inf):
         model[1].weight.grad = torch.tensor([1.0] * 6 + [value])
-        assert not math.isfinite(float(global_grad_norm(model.parameters())))
+        assert not math.isfinite(float(global_grad_norm(model, ModelParallel())))
 
 
 def sharded_norm(rank: int, world_size: int, shard_all: bool) -> tuple[float, float]:
@@ -151,9 +152,9 @@ def sharded_norm(rank: int, world_size: int, shard_all: bool) -> tuple[float, fl
     for parameter, gradient in zip(model.parameters(), make_gradients(), strict=True):
         sharded = isinstance(parameter, DTensor)
         parameter.grad = distribute_tensor(gradient, mesh, parameter.placements) if sharded else gradient
-    before = float(global_grad_norm(model.parameters()))
+    before = float(global_grad_norm(model, ModelParallel()))
     scale_gradients(model.parameters(), 0.5)
-    return before, float(global_grad_norm(model.parameters()))
+    return before, float(global_grad_norm(model, ModelParallel()))
 
 
 @pytest.mark.parametrize("shard_all", [True, False])

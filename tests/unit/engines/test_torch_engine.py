@@ -16,6 +16,7 @@ from lctrain.config.schema import (
     TrainerConfig,
 )
 from lctrain.data.batch import MicroBatch, StepBatch
+from lctrain.engines.base import train_step
 from lctrain.engines.torch_engine import TorchEngine
 from lctrain.launch.ranks import run_ranks
 from lctrain.parallel.layout import IGNORE, SequenceLayout, count_targets, document_positions, shift_labels
@@ -35,8 +36,8 @@ def make_engine(rank: int = 0, cp: int = 1, dp: int = 1, **engine: object) -> To
         trainer=TrainerConfig(global_batch=2, loss_chunk=8),
         launcher=LauncherConfig(processes=cp * dp),
     )
-    mesh = ProcessMesh(dp, cp, rank)
-    return TorchEngine(config, mesh, mesh.sequence_group(), torch.device("cpu"))
+    mesh = ProcessMesh(rank, dp, cp)
+    return TorchEngine(config, mesh, mesh.make_groups(), torch.device("cpu"))
 
 
 def micro_batches(engine: TorchEngine, rows=ROWS) -> tuple[MicroBatch, ...]:
@@ -59,7 +60,7 @@ def micro_batches(engine: TorchEngine, rows=ROWS) -> tuple[MicroBatch, ...]:
 def step(engine: TorchEngine, rows=ROWS):
     batch = StepBatch(0, 0, micro_batches(engine, rows), 0)
     targets = sum(borders[-1] - len(borders) + 1 + (following is not None) for borders, following in rows)
-    return engine.train_step(batch, targets, 1e-2)
+    return train_step(engine, batch, targets, 1e-2)
 
 
 def test_evaluation_is_the_loss_before_the_step() -> None:

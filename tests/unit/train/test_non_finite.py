@@ -23,6 +23,7 @@ from lctrain.config.schema import (
 )
 from lctrain.data.indexed import IndexedWriter
 from lctrain.data.sidecar import Sidecar
+from lctrain.engines.make import make_engine
 from lctrain.engines.torch_engine import TorchEngine
 from lctrain.errors import UserError
 from lctrain.launch.process import Process
@@ -70,11 +71,14 @@ def poisoned(rank: int, world_size: int, config: TrainConfig, steps: set[int]) -
     digests = []
 
     class Engine(TorchEngine):
-        def train_step(self, batch, targets, lr):
+        def backward(self, batch, targets):
             self.bad = self.mesh.rank == 1 and batch.step + 1 in steps
-            result = super().train_step(batch, targets, lr)
-            digests.append(float(sum(parameter.detach().double().square().sum() for parameter in self.model.parameters())))
-            return result
+            return super().backward(batch, targets)
+
+        def discard(self):
+            super().discard()
+            if hasattr(self, "bad"):  # a step has begun, and this is its end
+                digests.append(float(sum(parameter.detach().double().square().sum() for parameter in self.model.parameters())))
 
         def _forward(self, micro):
             sums = super()._forward(micro)
@@ -82,14 +86,14 @@ def poisoned(rank: int, world_size: int, config: TrainConfig, steps: set[int]) -
                 return sums
             return sums._replace(objective=sums.objective * math.nan, cross_entropy=sums.cross_entropy * math.nan)
 
-    lctrain.train.TorchEngine = Engine
+    lctrain.train.make_engine = Engine
     torch.set_num_threads(1)
     try:
         assert train(config, Process(rank, world_size, rank, world_size)) == 0
     except UserError as error:
         return str(error), digests
     finally:
-        lctrain.train.TorchEngine = TorchEngine
+        lctrain.train.make_engine = make_engine
     return None, digests
 
 

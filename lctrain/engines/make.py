@@ -1,0 +1,16 @@
+"""From a config's engine name to the engine; the libraries of the others are not imported."""
+
+from __future__ import annotations
+
+import torch
+
+from lctrain.config.schema import TrainConfig
+from lctrain.engines.base import Engine
+from lctrain.parallel.mesh import MeshGroups, ProcessMesh
+
+
+def make_engine(config: TrainConfig, mesh: ProcessMesh, groups: MeshGroups, device: torch.device) -> Engine:
+    """The engine that config.engine.name asks for. Collective."""
+    from lctrain.engines.torch_engine import TorchEngine
+
+    return TorchEngine(config, mesh, groups, device)
