@@ -10,7 +10,7 @@ from typing import NamedTuple
 MAX_LAYERS, MAX_DEPTH = 10_000, 50
 """What no model has, and only a slip of the keyboard asks for."""
 
-SYMBOLS = {"*": "attention", "W": "windowed attention", "-": "MLP"}
+SYMBOLS = {"*": "attention", "W": "windowed attention", "+": "latent attention", "-": "MLP"}
 
 
 class LayerSpec(NamedTuple):

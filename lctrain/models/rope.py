@@ -38,8 +38,13 @@ def inverse_frequencies(config: RopeConfig, head_dim: int) -> tuple[Tensor, floa
     low = max(math.floor(pair_at(config.beta_fast)), 0)
     high = min(math.ceil(pair_at(config.beta_slow)), head_dim - 1)
     stretch = ((torch.arange(head_dim // 2, dtype=torch.float64) - low) / max(high - low, 1e-3)).clamp(0, 1)
-    temperature = 0.1 * math.log(config.factor) + 1.0 if config.factor > 1 else 1.0
+    temperature = yarn_temperature(config, config.mscale) / yarn_temperature(config, config.mscale_all_dim)
     return stretch * inverse / config.factor + (1 - stretch) * inverse, temperature
+
+
+def yarn_temperature(config: RopeConfig, mscale: float) -> float:
+    """t(mscale) of RopeConfig; 1 without yarn."""
+    return 0.1 * mscale * math.log(config.factor) + 1.0 if config.scaling == "yarn" and config.factor > 1 else 1.0
 
 
 def rotation(config: RopeConfig, head_dim: int, positions: Tensor) -> tuple[Tensor, Tensor]:
