@@ -41,12 +41,12 @@ class _Check:
             self.fail("ranks disagree on the number of steps")
         self.check_matching()
         held = [self.walk_copies(rank) for rank in range(self.schedule.world_size)]
-        computed = self.walk_sums(held)
-        for tile in self.tiles.every_tile(self.schedule.slices):
-            if computed.pop(tile, 0) != 1:
+        computed, wanted = Counter(self.walk_sums(held)), Counter(self.tiles.every_tile(self.schedule.slices))
+        for tile in computed | wanted if computed != wanted else ():
+            if not wanted[tile]:
+                self.fail(f"dead {tile} is computed")
+            if computed[tile] != 1:
                 self.fail(f"live {tile} is not computed exactly once")
-        if computed:
-            self.fail(f"dead {next(iter(computed))} is computed")
 
     def check_matching(self) -> None:
         """Every transfer appears on both sides, in the same step and due in the same step."""
@@ -90,13 +90,13 @@ class _Check:
                 held[index] += 1
         return held
 
-    def walk_sums(self, held: list[list[int]]) -> Counter[Tile]:
-        """Follow partial results home; returns how often each tile was computed (and is in the results as often)."""
+    def walk_sums(self, held: list[list[int]]) -> list[Tile]:
+        """Follow partial results home; returns all tiles that were computed, each of which is in the results as often."""
         kinds = ("out",) if self.schedule.direction == "forward" else ("dq", "dkv")
-        here: list[dict[Item, Counter[Tile]]] = [{} for _ in self.schedule.ranks]
-        due: dict[int, list[tuple[int, Item, Counter[Tile]]]] = defaultdict(list)
+        here: list[dict[Item, list[Tile]]] = [defaultdict(list) for _ in self.schedule.ranks]
+        due: dict[int, list[tuple[int, Item, list[Tile]]]] = defaultdict(list)
         arriving = [0] * len(here)
-        computed: Counter[Tile] = Counter()
+        computed: list[Tile] = []
         for index in range(self.steps):
             for rank, steps in enumerate(self.schedule.ranks):
                 for t in steps[index].sends:
@@ -106,24 +106,23 @@ class _Check:
                         due[t.until].append((t.peer, t.item, here[rank].pop(t.item)))
                         arriving[t.peer] += 1
             for rank, steps in enumerate(self.schedule.ranks):
-                for tile in steps[index].tiles:
-                    computed[tile] += 1
-                    for kind in kinds:
-                        item = Item(kind, tile.k if kind == "dkv" else tile.q, tile.heads)
-                        here[rank].setdefault(item, Counter())[tile] += 1
+                computed += steps[index].tiles
+                for kind in kinds:
+                    for tile in steps[index].tiles:
+                        here[rank][Item(kind, tile.k if kind == "dkv" else tile.q, tile.heads)].append(tile)
                 foreign = held[rank][index] + arriving[rank] + sum(item.chunk.owner != rank for item in here[rank])
                 if foreign > self.schedule.buffers:
                     self.fail(f"rank {rank} holds {foreign} foreign items, promised are {self.schedule.buffers}", index)
             for target, item, content in due.pop(index, []):
                 arriving[target] -= 1
-                here[target].setdefault(item, Counter()).update(content)
-        done = {kind: Counter[Tile]() for kind in kinds}
+                here[target][item] += content
+        done: dict[str, list[Tile]] = {kind: [] for kind in kinds}
         for rank, sums in enumerate(here):
             for item, content in sums.items():
                 if item.chunk.owner != rank:
                     self.fail(f"{item} ends on rank {rank}")
-                done[item.kind].update(content)
+                done[item.kind] += content
         for kind, content in done.items():
-            if content != computed:
+            if Counter(content) != Counter(computed):
                 self.fail(f"{kind}: what is computed and what arrives differ")
         return computed

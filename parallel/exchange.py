@@ -8,6 +8,7 @@ the output alone. In backward output gradients go out and gradients come back in
 from __future__ import annotations
 
 import dataclasses
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -52,12 +53,20 @@ class Grouped:
 
     def segments(self, rank: int) -> tuple[Segment, ...]:
         """The chunks of a group by rising position."""
-        size = self.chunk_length
-        return tuple(segment._replace(local=place * size) for place, (segment, _, _) in enumerate(self._ordered(rank)))
+        return self._segments[rank]
 
     def places(self, rank: int) -> dict[tuple[int, int], int]:
         """For every (member, its chunk): the chunk's place within the group."""
         return {(member, part): place for place, (_, member, part) in enumerate(self._ordered(rank))}
+
+    @cached_property
+    def _segments(self) -> tuple[tuple[Segment, ...], ...]:
+        """Segments of every group; masks ask for them often."""
+        size, ranks = self.chunk_length, range(self.world_size)
+        return tuple(
+            tuple(segment._replace(local=place * size) for place, (segment, _, _) in enumerate(self._ordered(rank)))
+            for rank in ranks
+        )
 
     def _ordered(self, rank: int) -> list[tuple[Segment, int, int]]:
         members = enumerate(self.groups[rank])

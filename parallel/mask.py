@@ -105,12 +105,24 @@ def _bands(
         while same < len(rows) and rows[same] == rows[row]:
             same += 1
         for start, end in itertools.pairwise(rows[row]):
-            mine = [part for chunk in queries[1] for part in _within(layout.segments(queries[0])[chunk], start, end)]
-            theirs = [part for chunk in keys[1] for part in _within(layout.segments(keys[0])[chunk], start, end)]
+            mine, theirs = _runs(layout, queries, start, end), _runs(layout, keys, start, end)
             bands = [band for q in mine for k in theirs if (band := _between(mask, q, k))]
             found += [RowBand(row, same if len(rows) > 1 else None, band) for band in join_all(bands)]
         row = same
     return tuple(found)
+
+
+def _runs(layout: Placement, side: tuple[int, tuple[int, ...]], start: int, end: int) -> list[Segment]:
+    """Some chunks of a rank as far as they lie in positions [start, end); chunks that continue each other are one."""
+    segments = layout.segments(side[0])
+    runs: list[Segment] = []
+    for part in (part for chunk in side[1] for part in _within(segments[chunk], start, end)):
+        last = runs[-1] if runs else None
+        if last and (part.start, part.local) == (last.start + last.step * last.tokens, last.local + last.tokens):
+            runs[-1] = last._replace(tokens=last.tokens + part.tokens)
+        else:
+            runs.append(part)
+    return runs
 
 
 def _within(segment: Segment, start: int, end: int) -> list[Segment]:

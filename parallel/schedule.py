@@ -107,6 +107,7 @@ class TileMap:
         live = live_pairs([segment for rank in range(self.world_size) for segment in placement.segments(rank)], mask)
         self._key = (self.world_size, self.chunks, live.tobytes())
         self._live: list[list[bool]] = live.tolist()  # read one by one, for which lists are faster than arrays
+        self._chunks = [tuple(Chunk(rank, part) for part in range(self.chunks)) for rank in range(self.world_size)]
 
     def __hash__(self) -> int:
         return hash(self._key)
@@ -116,17 +117,15 @@ class TileMap:
 
     def chunks_of(self, rank: int) -> tuple[Chunk, ...]:
         """All chunks of a rank."""
-        return tuple(Chunk(rank, part) for part in range(self.chunks))
+        return self._chunks[rank]
 
     def tiles(self, queries: tuple[Chunk, ...], keys: tuple[Chunk, ...], heads: int = 0) -> tuple[Tile, ...]:
         """Live tiles of some queries against some keys."""
-        columns = [(k, self._at(k)) for k in keys]
-        return tuple(Tile(q, k, heads) for q in queries for k, at in columns if self._live[self._at(q)][at])
+        columns = [(k, k.owner * self.chunks + k.part) for k in keys]
+        rows = [(q, self._live[q.owner * self.chunks + q.part]) for q in queries]
+        return tuple([Tile(q, k, heads) for q, live in rows for k, at in columns if live[at]])
 
     def every_tile(self, slices: int) -> list[Tile]:
         """Every live tile, for every slice of the heads."""
-        chunks = tuple(chunk for rank in range(self.world_size) for chunk in self.chunks_of(rank))
+        chunks = tuple(chunk for own in self._chunks for chunk in own)
         return [tile for heads in range(slices) for tile in self.tiles(chunks, chunks, heads)]
-
-    def _at(self, chunk: Chunk) -> int:
-        return chunk.owner * self.chunks + chunk.part

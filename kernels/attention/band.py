@@ -7,6 +7,8 @@ limit), lo=None the left side (no window). Causal, full, windowed and document m
 
 from __future__ import annotations
 
+import heapq
+from collections import defaultdict
 from typing import NamedTuple
 
 import torch
@@ -103,19 +105,53 @@ def join(one: Band, two: Band) -> Band | None:
 
 
 def join_all(bands: list[Band]) -> list[Band]:
-    """Join pairs until no pair joins: fewer, larger kernel calls for the same entries."""
-    joined = list(bands)
-    at = 0
-    while at < len(joined):
-        for other in range(at + 1, len(joined)):
+    """Join pairs until no pair joins, always the first that does: fewer, larger kernel calls for the same entries.
+
+    Args:
+        bands: disjoint and trimmed. Two of them join only if they touch, so only those that do are compared.
+    """
+    joined = dict(enumerate(bands))
+    edges = _Edges()
+    for index, band in joined.items():
+        edges.add(index, band)
+    changed = list(joined)  # a heap: every other band joins none of those after it
+    while changed:
+        at = heapq.heappop(changed)
+        if at not in joined:
+            continue
+        for other in sorted(index for index in edges.touching(joined[at]) if index > at):
             whole = join(joined[at], joined[other])
-            if whole is not None:
-                del joined[other]
-                joined[at] = whole
-                at = -1
-                break
-        at += 1
-    return joined
+            if whole is None:
+                continue
+            edges.remove(at, joined[at])
+            edges.remove(other, joined.pop(other))
+            edges.add(at, whole)
+            joined[at] = whole
+            for index in {at, *edges.touching(whole)}:
+                if index <= at:
+                    heapq.heappush(changed, index)
+            break
+    return list(joined.values())
+
+
+class _Edges:
+    """Bands by their first and last rows and columns."""
+
+    def __init__(self) -> None:
+        self._at: dict[tuple[str, int], set[int]] = defaultdict(set)
+
+    def add(self, index: int, band: Band) -> None:
+        for name in ("q0", "q1", "k0", "k1"):
+            self._at[name, getattr(band, name)].add(index)
+
+    def remove(self, index: int, band: Band) -> None:
+        for name in ("q0", "q1", "k0", "k1"):
+            self._at[name, getattr(band, name)].discard(index)
+
+    def touching(self, band: Band) -> set[int]:
+        """Bands that begin where this one ends, or end where it begins."""
+        sides = (("q0", band.q1), ("q1", band.q0), ("k0", band.k1), ("k1", band.k0))
+        return set().union(*(self._at[side] for side in sides if side in self._at))
 
 
 def _tighter(one: int | None, two: int | None, pick) -> int | None:

@@ -1,6 +1,7 @@
 """Bands against boolean masks written out."""
 
 import itertools
+import time
 
 import pytest
 import torch
@@ -99,6 +100,42 @@ def test_join_all_keeps_the_entries(band: Band, row_cuts: list[int], column_cuts
     joined = join_all(parts)
     assert len(joined) <= len(parts)
     assert torch.equal(written_out(*joined), written_out(*parts))
+
+
+def first_pairs_joined(bands: list[Band]) -> list[Band]:
+    """The definition of join_all: join the first pair that joins, and start again."""
+    for one, two in itertools.combinations(range(len(bands)), 2):
+        if whole := join(bands[one], bands[two]):
+            return first_pairs_joined([*bands[:one], whole, *bands[one + 1 : two], *bands[two + 1 :]])
+    return bands
+
+
+@st.composite
+def grids(draw: st.DrawFn) -> list[Band]:
+    """What chunks of queries against chunks of keys give: trimmed bands in a grid, whose diagonals need not fit together."""
+    size, length = draw(st.integers(1, 5)), draw(st.integers(1, 8))
+    starts = st.lists(st.integers(0, 15), min_size=size, max_size=size).map(lambda drawn: [length * at for at in drawn])
+    queries, keys = (draw(starts | st.just([length * at for at in range(size)])) for _ in range(2))
+    window, causal = draw(st.none() | st.integers(1, 6 * length)), draw(st.booleans())
+    parts = []
+    for (q, row), (k, column) in itertools.product(enumerate(queries), enumerate(keys)):
+        apart = row - column + (k - q) * length
+        lo, hi = None if window is None else apart - window + 1, apart if causal else None
+        parts.append(Band(q * length, (q + 1) * length, k * length, (k + 1) * length, lo, hi).trim())
+    return [part for part in parts if part]
+
+
+@given(grids())
+def test_join_all_joins_first_pairs_first(bands: list[Band]) -> None:
+    assert join_all(bands) == first_pairs_joined(bands)
+
+
+def test_many_bands_join_at_once() -> None:
+    """All chunks of 32 ranks against each other, as Ulysses sees them; comparing every pair anew took minutes."""
+    parts = [Band(8 * q, 8 * q + 8, 8 * k, 8 * k + 8, None, 0).trim() for q in range(64) for k in range(q + 1)]
+    started = time.process_time()
+    assert join_all([part for part in parts if part]) == [Band(0, 512, 0, 512, None, 0)]
+    assert time.process_time() - started < 5
 
 
 def test_zigzag_blocks_join_into_one_kernel_call() -> None:

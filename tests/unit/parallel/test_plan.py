@@ -85,3 +85,11 @@ def test_chunks_of_one_owner_go_through_the_kernel_together() -> None:
 def test_plans_are_made_once() -> None:
     again = [make_plan("ring", SequenceLayout("zigzag", 4, 64), AttentionMask.dense(64), 1, "forward", 1, 1) for _ in range(2)]
     assert again[0] is again[1]
+
+
+def test_all_tokens_of_many_ranks_are_one_kernel_call() -> None:
+    """Ulysses over 64 ranks: 128 chunks that continue each other are one run of keys."""
+    grouped = Grouped(SequenceLayout("zigzag", 64, 64 * 16), (tuple(range(64)),))
+    plan = make_plan("ring", grouped, AttentionMask.dense(64 * 16), 0, "forward", 8, 1)
+    assert plan.whole is not None
+    assert plan.whole.band == (0, 1024, 0, 1024, None, 0)
