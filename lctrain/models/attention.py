@@ -10,52 +10,62 @@ from lctrain.kernels.attention import fused
 from lctrain.kernels.attention.band import Band
 from lctrain.kernels.attention.merge import add_sinks
 from lctrain.kernels.rotary.fused import rotate
-from lctrain.models.layers import Linear, RMSNorm
+from lctrain.models.layers import RMSNorm
+from lctrain.models.parallel import ModelParallel
+from lctrain.models.place import Place
 from lctrain.models.rope import rotation
+from lctrain.models.tensor_parallel import column_linear, gather_tokens, heads_linear, row_linear, shared
+from lctrain.models.token_cache import TokenCache
 from lctrain.parallel.mask import AttentionMask, Borders
 from lctrain.parallel.sequence import SequenceMeta
 
 
 class KeyValueCache:
-    """Keys and values of the tokens so far, [B, tokens, Hkv, D]; grows in place by doubling."""
+    """Keys and values of the tokens so far, [B, tokens, Hkv, D]."""
 
     def __init__(self) -> None:
-        self.tokens = 0
-        self._keys = self._values = torch.empty(0)
+        self._keys, self._values = TokenCache(), TokenCache()
+
+    @property
+    def tokens(self) -> int:
+        """Tokens so far."""
+        return self._keys.tokens
 
     def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Add the newest tokens' k and v; returns all of them."""
-        end = self.tokens + k.shape[1]
-        if self.tokens == 0 or end > self._keys.shape[1]:
-            shape = (k.shape[0], max(end, 2 * self.tokens), *k.shape[2:])
-            keys, values = k.new_empty(shape), v.new_empty(shape)
-            if self.tokens:
-                keys[:, : self.tokens], values[:, : self.tokens] = self._keys[:, : self.tokens], self._values[:, : self.tokens]
-            self._keys, self._values = keys, values
-        self._keys[:, self.tokens : end], self._values[:, self.tokens : end] = k, v
-        self.tokens = end
-        return self._keys[:, :end], self._values[:, :end]
+        return self._keys.append(k), self._values.append(v)
 
 
 class Attention(nn.Module):
-    """Causal self-attention within documents, over a sequence that may be spread over ranks."""
+    """Causal self-attention within documents, over a sequence that may be spread over ranks.
 
-    def __init__(self, config: ModelConfig, windowed: bool) -> None:
+    Tensor-parallel ranks divide the query heads; each has the key/value heads that those need.
+    """
+
+    def __init__(self, config: ModelConfig, windowed: bool, parallel: ModelParallel | None = None) -> None:
         super().__init__()
+        self.parallel = parallel = parallel or ModelParallel()
         settings = config.attention
         self.rope = settings.rope
         self.window = settings.window if windowed else None
         self.head_dim = settings.head_dim or config.d_model // settings.n_heads
-        self.q = Linear(config.d_model, settings.n_heads * self.head_dim, settings.bias)
-        self.k = Linear(config.d_model, settings.n_kv_heads * self.head_dim, settings.bias)
-        self.v = Linear(config.d_model, settings.n_kv_heads * self.head_dim, settings.bias)
-        self.out = Linear(settings.n_heads * self.head_dim, config.d_model, settings.out_bias, residual=True)
-        self.q_norm = RMSNorm(self.head_dim, config.norm_eps) if settings.qk_norm else None
-        self.k_norm = RMSNorm(self.head_dim, config.norm_eps) if settings.qk_norm else None
-        self.sinks = nn.Parameter(torch.empty(settings.n_heads)) if settings.sinks else None
+        d_model, heads, kv_heads, bias = config.d_model, settings.n_heads, settings.n_kv_heads, settings.bias
+        assert heads % parallel.tp.size == 0, (heads, parallel.tp.size)
+        self.q = column_linear(parallel, d_model, heads * self.head_dim, bias)
+        self.k = heads_linear(parallel, d_model, kv_heads, self.head_dim, bias)
+        self.v = heads_linear(parallel, d_model, kv_heads, self.head_dim, bias)
+        self.out = row_linear(parallel, heads * self.head_dim, d_model, settings.out_bias)
+        self.q_norm = RMSNorm(self.head_dim, config.norm_eps, parallel) if settings.qk_norm else None
+        self.k_norm = RMSNorm(self.head_dim, config.norm_eps, parallel) if settings.qk_norm else None
+        self.sinks = nn.Parameter(torch.empty(heads // parallel.tp.size)) if settings.sinks else None
+
+    def places(self) -> dict[str, Place]:
+        """See Place."""
+        return {"sinks": Place(cuts={"tp": 0})} if self.parallel.tp.size > 1 else {}
 
     def forward(self, x: Tensor, seq: SequenceMeta) -> Tensor:
         """x [B, T, d_model] -> same shape."""
+        x = gather_tokens(self.parallel, x, seq)
         turn = seq.once(("rotation", self.rope, self.head_dim), lambda: rotation(self.rope, self.head_dim, seq.positions))
         q, k, v = self._project(x, *turn)
         return self.out(seq.attend(q, k, v, self.window, self.sinks).flatten(2))

@@ -9,11 +9,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lctrain.parallel.group import RankGroup
 from lctrain.parallel.layout import IGNORE
 
 
 def linear_cross_entropy(
-    hidden: Tensor, weight: Tensor, labels: Tensor, chunk: int, z_weight: float = 0.0
+    hidden: Tensor, weight: Tensor, labels: Tensor, chunk: int, z_weight: float = 0.0, group: RankGroup | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Sum of next-token losses.
 
@@ -21,6 +22,8 @@ def linear_cross_entropy(
         hidden: [N, d]. weight: [V, d]. labels: int64 [N], IGNORE where there is no target.
         chunk: tokens whose logits [chunk, V] exist at once.
         z_weight: adds z_weight * logsumexp(logits)^2 per target (Chowdhery et al. 2022).
+        group: ranks that divide the vocabulary: weight is this rank's [V / size, d], hidden and labels are the same on all. Results
+            are then equal on all ranks, and the gradient of hidden is this rank's part of a sum.
 
     Returns:
         The objective (sum over targets, with z-loss; differentiable), and without gradient the sum of the cross-entropies
@@ -28,12 +31,12 @@ def linear_cross_entropy(
     """
     if not torch.is_grad_enabled():  # a parameter says that it needs a gradient even then, and forming it is half of the work
         hidden, weight = hidden.detach(), weight.detach()
-    return _LinearCrossEntropy.apply(hidden, weight, labels, chunk, z_weight)
+    return _LinearCrossEntropy.apply(hidden, weight, labels, chunk, z_weight, group or RankGroup())
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden: Tensor, weight: Tensor, labels: Tensor, chunk: int, z_weight: float):
+    def forward(ctx, hidden: Tensor, weight: Tensor, labels: Tensor, chunk: int, z_weight: float, group: RankGroup):
         wide = torch.promote_types(hidden.dtype, torch.float32)
         need_hidden, need_weight = ctx.needs_input_grad[:2]
         dhidden = torch.empty_like(hidden) if need_hidden else None
@@ -47,7 +50,13 @@ class _LinearCrossEntropy(torch.autograd.Function):
             valid = target != IGNORE
             logits = _wide_product(x, matrix.t())
             lse = logits.logsumexp(dim=-1)
-            picked = logits.gather(1, target.clamp(min=0).unsqueeze(1)).squeeze(1)
+            row = target - group.rank * len(weight)
+            here = valid & (row >= 0) & (row < len(weight))
+            row = torch.where(here, row, 0).unsqueeze(1)
+            picked = torch.where(here, logits.gather(1, row).squeeze(1), 0.0)
+            if group.size > 1:
+                parts = group.all_gather("loss", torch.stack((lse, picked)))
+                lse, picked = parts[:, 0].logsumexp(dim=0), parts[:, 1].sum(dim=0)
             losses[at] = torch.where(valid, lse - picked, 0.0)
             z_total += torch.where(valid, lse.square(), 0.0).sum()
             if dhidden is None and dweight is None:
@@ -55,7 +64,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             # d objective / d logits, in the logits' own memory: softmax * (1 + 2 z lse) - onehot, 0 without a target
             slope = torch.where(valid, 1 + 2 * z_weight * lse, 0.0)
             dlogits = logits.sub_(lse.unsqueeze(1)).exp_().mul_(slope.unsqueeze(1))
-            dlogits.scatter_add_(1, target.clamp(min=0).unsqueeze(1), -valid.to(wide).unsqueeze(1))
+            dlogits.scatter_add_(1, row, -here.to(wide).unsqueeze(1))
             dlogits = dlogits.to(hidden.dtype)
             if dhidden is not None:
                 torch.mm(dlogits, matrix, out=dhidden[at])
@@ -74,7 +83,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             dhidden = dhidden * upstream.to(dhidden.dtype)
         if dweight is not None:
             dweight = (dweight * upstream).to(ctx.weight_dtype)
-        return dhidden, dweight, None, None, None
+        return dhidden, dweight, None, None, None, None
 
 
 def _wide_product(a: Tensor, b: Tensor) -> Tensor:

@@ -7,7 +7,8 @@ from torch import Tensor, nn
 
 from lctrain.config.schema import ModelConfig
 from lctrain.kernels.swiglu.fused import swiglu_linear
-from lctrain.models.layers import Linear
+from lctrain.models.parallel import ModelParallel
+from lctrain.models.tensor_parallel import column_linear, gather_tokens, row_linear
 from lctrain.parallel.mask import Borders
 from lctrain.parallel.sequence import SequenceMeta
 
@@ -15,17 +16,19 @@ from lctrain.parallel.sequence import SequenceMeta
 class Mlp(nn.Module):
     """SwiGLU (Shazeer 2020), GELU (tanh form) or squared ReLU (So et al. 2021), token by token."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, parallel: ModelParallel | None = None) -> None:
         super().__init__()
+        self.parallel = parallel = parallel or ModelParallel()
         settings = config.mlp
+        d_model, d_ff, bias = config.d_model, settings.d_ff, settings.bias
         self.activation = settings.activation
-        self.gate = Linear(config.d_model, settings.d_ff, settings.bias) if self.activation == "swiglu" else None
-        self.up = Linear(config.d_model, settings.d_ff, settings.bias)
-        self.down = Linear(settings.d_ff, config.d_model, settings.bias, residual=True)
+        self.gate = column_linear(parallel, d_model, d_ff, bias) if self.activation == "swiglu" else None
+        self.up = column_linear(parallel, d_model, d_ff, bias)
+        self.down = row_linear(parallel, d_ff, d_model, bias)
 
     def forward(self, x: Tensor, seq: SequenceMeta) -> Tensor:
-        """x [B, T, d_model] -> same shape; `seq` is not needed."""
-        return self._compute(x)
+        """x [B, T, d_model] -> same shape."""
+        return self._compute(gather_tokens(self.parallel, x, seq))
 
     def new_state(self) -> None:
         """No state: tokens do not mix here."""
@@ -41,7 +44,6 @@ class Mlp(nn.Module):
 
     def _compute(self, x: Tensor) -> Tensor:
         if self.gate is not None:
-            y = swiglu_linear(self.gate(x), self.up(x), self.down.weight)
-            return y if self.down.bias is None else y + self.down.bias.to(y.dtype)
+            return self.down.finish(swiglu_linear(self.gate(x), self.up(x), self.down.weight))
         hidden = self.up(x)
         return self.down(F.gelu(hidden, approximate="tanh") if self.activation == "gelu" else F.relu(hidden).square())

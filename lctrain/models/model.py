@@ -91,7 +91,11 @@ class LanguageModel(nn.Module):
         self, tokens: Tensor, labels: Tensor, seq: SequenceMeta, loss_chunk: int = 1024, z_weight: float = 0.0
     ) -> LossSums:
         """tokens, labels: int64 [B, T], this rank's shard. See linear_cross_entropy for the rest."""
-        return self.loss(self.run(self.embed(tokens), seq), labels, loss_chunk, z_weight)
+        return self.loss(self.run(self.embed(tokens), seq), labels, seq, loss_chunk, z_weight)
+
+    def hidden(self, tokens: Tensor, seq: SequenceMeta) -> Tensor:
+        """Normed last hidden states, [B, T, d_model]."""
+        return self.normed(self.run(self.embed(tokens), seq), seq)
 
     def embed(self, tokens: Tensor) -> Tensor:
         """int64 [B, T] -> [B, S, d_model]."""
@@ -106,9 +110,13 @@ class LanguageModel(nn.Module):
                 x = layer(x, seq)
         return x
 
-    def loss(self, x: Tensor, labels: Tensor, loss_chunk: int, z_weight: float) -> LossSums:
+    def normed(self, x: Tensor, seq: SequenceMeta) -> Tensor:
+        """The last norm, [B, S, d_model] -> [B, T, d_model]."""
+        return gather_tokens(self.parallel, self.norm(x), seq)
+
+    def loss(self, x: Tensor, labels: Tensor, seq: SequenceMeta, loss_chunk: int, z_weight: float) -> LossSums:
         """Last norm, output projection and loss of x [B, S, d_model]."""
-        hidden = gather_tokens(self.parallel, self.norm(x), labels.shape[1])
+        hidden = self.normed(x, seq)
         objective, cross_entropy, losses = linear_cross_entropy(
             hidden.flatten(0, 1), self.output_weight, labels.flatten(), loss_chunk, z_weight, self.parallel.tp
         )
