@@ -12,7 +12,7 @@ from lctrain.attention_choice import announce_choice
 from lctrain.checkpoint.store import CheckpointStore
 from lctrain.config.schema import TrainConfig
 from lctrain.data.batch import StepBatch
-from lctrain.data.loader import Loader
+from lctrain.data.loader import make_loader, shared_window
 from lctrain.data.samples import SampleSource
 from lctrain.devices import DTYPES, choose_device, peak_flops, peak_memory_mb
 from lctrain.engines.base import Engine, train_step
@@ -22,7 +22,6 @@ from lctrain.launch.process import Process
 from lctrain.launch.signals import StopRequest
 from lctrain.models.build import build_model
 from lctrain.models.model import LanguageModel
-from lctrain.models.pattern import parse_pattern
 from lctrain.optim import learning_rate
 from lctrain.parallel.balance import rank_entries
 from lctrain.parallel.mesh import ProcessMesh
@@ -87,7 +86,7 @@ def _loop(
 
     source = SampleSource(config.data, trainer, config.model.vocab_size, "train")
     evaluation = SampleSource(config.data, trainer, config.model.vocab_size, "valid") if trainer.eval_every else None
-    with _loader(config, mesh, device, source, start) as loader:
+    with make_loader(config, mesh, source, start, pin_memory=device.type == "cuda") as loader:
         began = time.perf_counter()
         for batch in loader:
             sums = _agree(config, batch, mesh, described, stop)
@@ -146,7 +145,7 @@ def _agree(
     with the most in its micro-batch, for which the others wait.
     """
     first = mesh.counts_rows  # every rank that shares a row knows all of it: one of them counts
-    window = _shared_window(config)
+    window = shared_window(config)
     work = [rank_entries(micro.layout, micro.borders, window=window) for micro in batch.micro_batches]
     names = {
         "targets": sum(micro.targets for micro in batch.micro_batches) * first,
@@ -177,33 +176,9 @@ def _handle_problem(
 
 
 def _evaluate(config: TrainConfig, mesh: ProcessMesh, engine: Engine, device: torch.device, source: SampleSource) -> float:
-    with _loader(config, mesh, device, source, 0, config.trainer.eval_batches) as batches:
+    pin = device.type == "cuda"
+    with make_loader(config, mesh, source, 0, config.trainer.eval_batches, pin) as batches:
         return engine.evaluate(micro for batch in batches for micro in batch.micro_batches)
-
-
-def _loader(
-    config: TrainConfig, mesh: ProcessMesh, device: torch.device, source: SampleSource, start: int, end: int | None = None
-) -> Loader:
-    return Loader(
-        source,
-        config.parallel.layout,
-        mesh.cp_rank,
-        mesh.cp,
-        mesh.dp_rank,
-        mesh.dp,
-        config.trainer,
-        config.data,
-        start_step=start,
-        stop_step=end,
-        pin_memory=device.type == "cuda",
-        window=_shared_window(config),
-    )
-
-
-def _shared_window(config: TrainConfig) -> int | None:
-    """The window of all attention layers; None where there are others: their work outweighs that of windowed ones."""
-    symbols = {layer.symbol for layer in parse_pattern(config.model.pattern)}
-    return config.model.attention.window if symbols <= {"W", "-"} else None
 
 
 def _announce(

@@ -6,16 +6,54 @@ import hashlib
 import threading
 import time
 from collections.abc import Iterator
+from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from lctrain.config.schema import DataConfig, TrainerConfig
+from lctrain.config.schema import DataConfig, TrainConfig, TrainerConfig
 from lctrain.data.batch import MicroBatch, PackedSample, StepBatch
-from lctrain.data.samples import SampleSource
+from lctrain.models.pattern import parse_pattern
 from lctrain.parallel.deal import make_layout
 from lctrain.parallel.layout import IGNORE, SequenceLayout, count_targets, document_positions, shift_labels
+from lctrain.parallel.mesh import ProcessMesh
+
+
+class Samples(Protocol):
+    """Packed samples by number: a pure function of it. pad_id: the token that fills shards up."""
+
+    pad_id: int
+
+    def sample(self, index: int) -> PackedSample:
+        """Sample `index` of the run."""
+        ...
+
+
+def make_loader(
+    config: TrainConfig, mesh: ProcessMesh, source: Samples, start: int, end: int | None = None, pin_memory: bool = False
+) -> Loader:
+    """The loader of this rank for steps start .. end-1 (None: to the end of the run)."""
+    return Loader(
+        source,
+        config.parallel.layout,
+        mesh.cp_rank,
+        mesh.cp,
+        mesh.dp_rank,
+        mesh.dp,
+        config.trainer,
+        config.data,
+        start_step=start,
+        stop_step=end,
+        pin_memory=pin_memory,
+        window=shared_window(config),
+    )
+
+
+def shared_window(config: TrainConfig) -> int | None:
+    """The window of all attention layers; None where there are others: their work outweighs that of windowed ones."""
+    symbols = {layer.symbol for layer in parse_pattern(config.model.pattern)}
+    return config.model.attention.window if "W" in symbols and not symbols & {"*", "+"} else None
 
 
 class Loader:
@@ -33,7 +71,7 @@ class Loader:
 
     def __init__(
         self,
-        source: SampleSource,
+        source: Samples,
         layout_kind: str,
         cp_rank: int,
         cp_size: int,

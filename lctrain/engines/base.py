@@ -49,6 +49,13 @@ class Engine(Protocol):
         """Mean cross-entropy over all targets of all ranks' micro-batches, in nats; nothing is updated."""
         ...
 
+    def token_losses(self, batches: Iterable[MicroBatch]) -> list[Tensor]:
+        """Cross-entropy of each token of this rank's shares, fp32 [B, T], 0 where there is no label; nothing is updated.
+
+        Empty on ranks of pipeline stages that have no loss. Collective.
+        """
+        ...
+
     def state(self) -> dict[str, Any]:
         """Weights and optimizer state as a nested dict of (possibly sharded) tensors under layout-independent names."""
         ...

@@ -103,6 +103,11 @@ class TorchEngine:
             dist.all_reduce(totals)
         return float(totals[0] / totals[1]) if totals[1] else math.nan
 
+    @torch.no_grad()
+    def token_losses(self, batches: Iterable[MicroBatch]) -> list[Tensor]:
+        """See Engine."""
+        return [self._forward(micro).per_token for micro in batches]
+
     def state(self) -> dict[str, Any]:
         """See Engine."""
         model, optimizer = get_state_dict(self.model, self.optimizer)

@@ -4,7 +4,6 @@ import pytest
 import torch
 
 from lctrain.launch.ranks import run_ranks
-from lctrain.parallel.sequence import SequenceMeta
 
 SAMPLE = 4
 """A row of three documents: [0, 83), the single token at 83, [84, 250)."""
@@ -20,9 +19,8 @@ def losses(rank: int, world_size: int, setup, world: dict, change_from: int | No
 
     batch = world["make_batch"](setup, engine.mesh, 0, change)
     (micro,) = (micro for micro in batch.micro_batches if SAMPLE in micro.samples)
-    seq = SequenceMeta(micro.layout, engine.group, micro.positions, micro.borders, setup.attention)
-    mine = engine.parallel_model(micro.tokens, micro.labels, seq).per_token[micro.samples.index(SAMPLE)].detach()
-    return mine, micro.layout
+    (losses,) = engine.token_losses([micro])
+    return losses[micro.samples.index(SAMPLE)], micro.layout
 
 
 @pytest.mark.parametrize(
