@@ -36,6 +36,7 @@ class LatentAttentionConfig(Strict):
     def _check(self) -> LatentAttentionConfig:
         if self.qk_rope_head_dim % 2:
             raise ValueError(
-                f"latent_attention.qk_rope_head_dim={self.qk_rope_head_dim} cannot be rotated: rotary embedding needs an even one"
+                f"latent_attention.qk_rope_head_dim={self.qk_rope_head_dim} cannot be rotated:"
+                " rotary embedding needs an even one"
             )
         return self

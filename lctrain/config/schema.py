@@ -45,6 +45,8 @@ class AttentionConfig(Strict):
     """A learned score per head that takes part in the softmax and has no value (attention sinks, as in GPT-OSS)."""
     window: Positive | None = None
     """Tokens a `W` layer sees, the current one included; required if the pattern has a `W`."""
+    rotary: bool = True
+    """False: no position embedding, for models whose recurrent layers tell the order (NemotronH, Jamba)."""
     rope: RopeConfig = RopeConfig()
     """Rotary position embedding."""
 
@@ -66,7 +68,8 @@ class ModelConfig(Strict):
     name: str = "custom"
     """Name of the preset, for people."""
     pattern: str
-    """One symbol per sublayer: `*` attention, `W` windowed attention, `+` latent attention, `-` MLP; repeats as in `(*-){12}`."""
+    """One symbol per sublayer: `*` attention, `W` windowed attention, `+` latent attention, `-` MLP; repeats as in
+    `(*-){12}`."""
     d_model: Positive
     """Width of the residual stream."""
     vocab_size: Positive

@@ -46,7 +46,7 @@ class Attention(nn.Module):
         super().__init__()
         self.parallel = parallel = parallel or ModelParallel()
         settings = config.attention
-        self.rope = settings.rope
+        self.rope, self.rotary = settings.rope, settings.rotary
         self.window = settings.window if windowed else None
         self.head_dim = settings.head_dim or config.d_model // settings.n_heads
         d_model, heads, kv_heads, bias = config.d_model, settings.n_heads, settings.n_kv_heads, settings.bias
@@ -100,4 +100,6 @@ class Attention(nn.Module):
         q, k, v = (project(x).unflatten(-1, (-1, self.head_dim)) for project in (self.q, self.k, self.v))
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
+        if not self.rotary:
+            return q, k, v
         return rotate(q, cos, sin), rotate(k, cos, sin), v

@@ -21,8 +21,8 @@ from lctrain.kernels.attention.band import Band
 from lctrain.kernels.rotary.fused import rotate
 from lctrain.models.layers import Linear, RMSNorm
 from lctrain.models.parallel import ModelParallel
-from lctrain.models.place import Place
 from lctrain.models.rope import rotation, yarn_temperature
+from lctrain.models.tensor_parallel import column_linear, gather_tokens, row_linear, shared
 from lctrain.models.token_cache import TokenCache
 from lctrain.parallel.attention import sequence_parallel_attention, sequence_parallel_latent_attention
 from lctrain.parallel.cost import traffic
@@ -61,38 +61,46 @@ def travel_bytes(
     totals = []
     for width in (latent, None):
         shape = AttentionShape(1, n_heads, n_heads, size, dtype, width)
-        ways = (traffic(strategy, layout, mask, shape, way, rank) for way in ("forward", "backward") for rank in range(world_size))
-        totals.append(sum(sent.total() for sent in ways))
+        forward, backward = (
+            sum(traffic(strategy, layout, mask, shape, way, rank).total() for rank in range(world_size))
+            for way in ("forward", "backward")
+        )
+        totals.append(forward + backward)
     return TravelBytes(*totals)
 
 
 class LatentAttention(nn.Module):
-    """Causal self-attention within documents, over a sequence that may be spread over ranks."""
+    """Causal self-attention within documents, over a sequence that may be spread over ranks.
+
+    Tensor-parallel ranks divide the heads; latents are formed whole on each.
+    """
 
     def __init__(self, config: ModelConfig, parallel: ModelParallel) -> None:
         super().__init__()
+        self.parallel = parallel
         settings = self.settings = config.latent_attention
-        assert settings.n_heads % parallel.tp.size == 0, "checked with the config"
+        assert settings.n_heads % parallel.tp.size == 0, (settings.n_heads, parallel.tp.size)
         self.n_heads = settings.n_heads // parallel.tp.size
         self.nope, self.rope_dim, self.rank = settings.qk_nope_head_dim, settings.qk_rope_head_dim, settings.kv_lora_rank
         self.qk_dim, self.v_dim, self.size = self.nope + self.rope_dim, settings.v_head_dim, head_size(settings)
         self.scale = self.qk_dim**-0.5 * yarn_temperature(settings.rope, settings.rope.mscale_all_dim) ** 2
-        d_model, d_query = config.d_model, self.n_heads * self.qk_dim
+        d_model, heads = config.d_model, settings.n_heads
         if settings.q_lora_rank is None:
             self.q_down = self.q_norm = None
         else:
             self.q_down = Linear(d_model, settings.q_lora_rank)
-            self.q_norm = RMSNorm(settings.q_lora_rank, config.norm_eps)
-        self.q_up = Linear(settings.q_lora_rank or d_model, d_query)
+            self.q_norm = RMSNorm(settings.q_lora_rank, config.norm_eps, parallel)
+        self.q_up = column_linear(parallel, settings.q_lora_rank or d_model, heads * self.qk_dim)
         self.kv_down = Linear(d_model, self.rank + self.rope_dim)
-        self.kv_norm = RMSNorm(self.rank, config.norm_eps)
-        self.kv_up = Linear(self.rank, self.n_heads * (self.nope + self.v_dim))
-        self.out = Linear(self.n_heads * self.v_dim, d_model, residual=True)
+        self.kv_norm = RMSNorm(self.rank, config.norm_eps, parallel)
+        self.kv_up = column_linear(parallel, self.rank, heads * (self.nope + self.v_dim))
+        self.out = row_linear(parallel, heads * self.v_dim, d_model)
 
     def forward(self, x: Tensor, seq: SequenceMeta) -> Tensor:
         """x [B, T, d_model] -> same shape."""
         rope = self.settings.rope
         turn = seq.once(("rotation", rope, self.rope_dim), lambda: rotation(rope, self.rope_dim, seq.positions))
+        x = gather_tokens(self.parallel, x, seq.positions.shape[1])
         q, latent = self._queries(x, *turn), self._latent(x, *turn)
         weight = self.kv_up.weight.to(x.dtype)
         q, strategy = F.pad(q, (0, self.size - self.qk_dim)), seq.strategy("+")
@@ -126,9 +134,10 @@ class LatentAttention(nn.Module):
         """Multiply-adds x 2 of one forward pass over whole sequences with these documents, live score entries only."""
         length = max(borders[-1] for borders in documents)
         tokens = sum(borders[-1] for borders in documents)
-        linears = (self.q_down, self.q_up, self.kv_down, self.kv_up, self.out)
-        products = sum(linear.weight.numel() for linear in linears if linear is not None)
-        return 2 * tokens * products + 2 * self.n_heads * (self.qk_dim + self.v_dim) * AttentionMask(documents).total_entries(length)
+        whole = sum(linear.weight.numel() for linear in (self.q_down, self.kv_down) if linear is not None)
+        cut = self.parallel.tp.size * sum(linear.weight.numel() for linear in (self.q_up, self.kv_up, self.out))
+        per_entry = self.settings.n_heads * (self.qk_dim + self.v_dim)
+        return 2 * tokens * (whole + cut) + 2 * per_entry * AttentionMask(documents).total_entries(length)
 
     def expand(self, latent: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
         """k, v [B, T, H, size] of those heads whose rows of kv_up are in `weight`, from latents [B, T, rank + rope_dim]."""
@@ -140,15 +149,19 @@ class LatentAttention(nn.Module):
     def _queries(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """[B, T, H, qk_dim]."""
         if self.q_down is not None and self.q_norm is not None:
-            x = self.q_norm(self.q_down(x))
+            x = self.q_norm(self._shared_linear(self.q_down, x))
         q = self.q_up(x).unflatten(-1, (self.n_heads, self.qk_dim))
         return torch.cat([q[..., : self.nope], rotate(q[..., self.nope :], cos, sin)], dim=-1)
 
     def _latent(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """[B, T, rank + rope_dim]."""
-        down = self.kv_down(x)
+        down = self._shared_linear(self.kv_down, x)
         turned = rotate(down[..., None, self.rank :], cos, sin).squeeze(2)
         return torch.cat([self.kv_norm(down[..., : self.rank]), turned], dim=-1)
+
+    def _shared_linear(self, linear: Linear, x: Tensor) -> Tensor:
+        """Every tensor-parallel rank forms all of a latent, but only its own heads' part of the gradient."""
+        return F.linear(x, shared(self.parallel, linear.weight).to(x.dtype))
 
     def _latent_travels(self, seq: SequenceMeta, strategy: Strategy, dtype: torch.dtype) -> bool:
         travel = self.settings.travel
