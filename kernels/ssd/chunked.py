@@ -12,10 +12,13 @@ there too, so that no token of one document can change a bit of another's result
 
 Numerics: everything is computed in fp32 (fp64 for fp64), whatever the dtype of the inputs. Running sums are fp64, and their
 differences are formed from two fp32 halves: behind tokens with strong decay a plain fp32 difference would lose its digits.
+Decays are powers of 2, which torch computes four times as fast as those of e, and a hundred times as fast where they vanish;
+below 2^-100 they count as 0, because processors are slow with subnormal numbers.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import NamedTuple, Protocol
 
@@ -28,8 +31,11 @@ from lctrain.kernels.ssd.merge import Summary
 CHUNK = 128
 """Tokens per chunk: the fastest on CPU for heads of 64 and states of 128."""
 
-PANEL = 1 << 20
+PANEL = 1 << 18
 """Entries of the Q x Q products that exist at once: they should stay in the cache."""
+
+_SMALLEST = {torch.float32: -100.0, torch.float64: -1000.0}
+"""Exponent of 2 below which a decay counts as 0."""
 
 
 class Relay(Protocol):
@@ -79,7 +85,7 @@ class _Decays(NamedTuple):
     """Of the chunks in a panel, q tokens each; `same` [R|1, k|1, q, q]: a document's tokens j <= i, fp64."""
 
     same: Tensor
-    running: Tensor  # c, fp64 [R, k, q, H]
+    running: Tensor  # c / log 2, fp64 [R, k, q, H]
     from_start: Tensor  # [R, k, q, H]: what of the entering state a token still sees
     to_end: Tensor  # [R, k, q, H]: what of a token the leaving state still holds
     through: Tensor  # [R, k, H]: what of the entering state the leaving state still holds
@@ -115,23 +121,26 @@ class _Problem:
             steps = torch.ones(1, 1, q, 1, dtype=torch.float64, device=device)
         else:
             steps = self.dt[:, tokens].double().unflatten(1, (-1, q))
-        growth = steps * self.A.double()
+        growth = steps * (self.A.double() / math.log(2))
         if self.resets is None:
             weights = same.double()[None, None]
             running = weights @ growth
             last = running[:, :, -1:]
-            from_start, to_end, through = running.exp(), (last - running).exp(), last[:, :, 0].exp()
+            from_start, to_end, through = running, last - running, last[:, :, 0]
         else:
             document = self.resets[:, tokens].unflatten(1, (-1, q)).cumsum(2)
             weights = (same & (document[..., :, None] == document[..., None, :])).double()
             running = weights @ growth
             last = running[:, :, -1:]
             first, final = (document == 0)[..., None], (document == document[..., -1:])[..., None]
-            from_start = running.exp() * first
-            to_end = torch.where(final, last - running, -torch.inf).exp()
-            through = last[:, :, 0].exp() * first[:, :, -1]
-        wide = self.dtype
-        return _Decays(weights, running, from_start.to(wide), to_end.to(wide), through.to(wide))
+            from_start = torch.where(first, running, -torch.inf)
+            to_end = torch.where(final, last - running, -torch.inf)
+            through = torch.where(first[:, :, -1], last[:, :, 0], -torch.inf)
+        return _Decays(weights, running, *(self.power(t.to(self.dtype, copy=True)) for t in (from_start, to_end, through)))
+
+    def power(self, exponent: Tensor) -> Tensor:
+        """2^exponent, for exponents up to 0 (overwritten)."""
+        return torch.nn.functional.threshold_(exponent, _SMALLEST[self.dtype], -torch.inf).exp2_()
 
     def between(self, decays: _Decays) -> Tensor:
         """exp(c_i - c_j) for a document's tokens j <= i, else 0: [R|1, k|1, H, q, q]."""
@@ -143,7 +152,7 @@ class _Problem:
             difference += low[..., :, None]
             difference -= low[..., None, :]
         nothing = torch.zeros_like(decays.same, dtype=self.dtype).masked_fill_(decays.same == 0, -torch.inf)
-        return difference.add_(nothing.unsqueeze(2)).exp_()
+        return self.power(difference.add_(nothing.unsqueeze(2)))
 
     def values(self, tokens: slice, q: int) -> tuple[Tensor, Tensor]:
         """x and v = dt x in the dtype of computation, [R, k, q, H, P]."""
