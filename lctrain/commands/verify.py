@@ -1,7 +1,8 @@
-"""Prove that sequence-parallel attention computes what one process computes.
+"""Prove that sequence-parallel attention computes what one process does, and that every block computes what it should.
 
-usage: lctrain verify attention [name=value ...]
+usage: lctrain verify attention|blocks [name=value ...]
 
+  lctrain verify blocks
   lctrain verify attention
   lctrain verify attention quick=true
   lctrain verify attention strategies=token_ring cp=4 lengths=1000 output=report.json
@@ -14,7 +15,7 @@ from lctrain.subcommands import subcommands
 
 def main(args: list[str]) -> int:
     """Run the command."""
-    return subcommands("verify", {"attention": _attention}, args)
+    return subcommands("verify", {"attention": _attention, "blocks": _blocks}, args)
 
 
 def _attention(args: list[str]) -> int:
@@ -35,3 +36,22 @@ def _attention(args: list[str]) -> int:
     from lctrain.verify.attention import verify_attention
 
     return verify_attention(config)
+
+
+def _blocks(args: list[str]) -> int:
+    """Compare every block on one process with its formula, its own documents run alone, and transformers' modules.
+
+    usage: lctrain verify blocks [quick=true] [blocks=attention,mlp] [cases=1,2] [name=value ...]
+
+    Outputs and all gradients in fp32. Exit status 1 if any case fails; a failure comes with the command that repeats it.
+
+      lctrain verify blocks
+      lctrain verify blocks blocks=latent_attention output=report.json
+    """
+    from lctrain.config.load import load
+    from lctrain.config.verify import BlocksVerifyConfig
+
+    config = load(BlocksVerifyConfig, "verify_blocks", args)
+    from lctrain.verify.blocks import verify_blocks
+
+    return verify_blocks(config)

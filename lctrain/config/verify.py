@@ -41,3 +41,16 @@ class AttentionVerifyConfig(Strict):
     """A sample that takes seconds, of at most 200 tokens per sequence."""
     output: str | None = None
     """JSON file for the report."""
+
+
+class BlocksVerifyConfig(Strict):
+    """`lctrain verify blocks`: every block on one process against its oracle."""
+
+    blocks: Annotated[tuple[str, ...], Some] | None = None
+    """Blocks as the report names them; null: all."""
+    cases: Annotated[tuple[Positive, ...], Some] | None = None
+    """Numbers of the cases of these blocks, counted from 1; null: all."""
+    quick: bool = False
+    """A sample of each block's cases."""
+    output: str | None = None
+    """JSON file for the report."""

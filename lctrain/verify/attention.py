@@ -12,14 +12,15 @@ from lctrain.launch.ranks import RankError, run_ranks
 from lctrain.verify.exact import Results, exact, one_process
 from lctrain.verify.judge import TENSORS, Verdict, error_of, judge
 from lctrain.verify.matrix import Case, cases, problems
+from lctrain.verify.output import check_output
 from lctrain.verify.problem import Problem
 from lctrain.verify.rank import run_cases
-from lctrain.verify.report import Report, check_output
+from lctrain.verify.report import Report
 
 
 def verify_attention(config: AttentionVerifyConfig) -> int:
     """Run the matrix, print the report; returns 1 if any case fails."""
-    check_output(config)
+    check_output(config.output)
     matrix = [
         (problem, [list(cases(config, i, problem, cp)) for cp in config.cp]) for i, problem in enumerate(problems(config))
     ]

@@ -2,33 +2,20 @@
 
 from __future__ import annotations
 
-import math
-import os
 from collections import defaultdict
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from lctrain.config.verify import AttentionVerifyConfig
 from lctrain.console import say, table
 from lctrain.environment import describe_environment
-from lctrain.errors import UserError
 from lctrain.verify.judge import BF16_BAR, FP32_BAR, POOLED, TENSORS, Verdict, pooled_failures, pooled_ratio, worst
-from lctrain.whole_file import write_json
+from lctrain.verify.output import finite, store_report
 
 SHOWN = 20
 """Failures that are printed; the JSON report has all of them."""
 
 Key = tuple[str, int]
-
-
-def check_output(config: AttentionVerifyConfig) -> None:
-    """UserError now rather than after minutes, if the report could not be written."""
-    if config.output is None:
-        return
-    path = Path(config.output)
-    if path.is_dir() or not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
-        raise UserError(f"output={config.output}: not a file in an existing folder that can be written to")
 
 
 class Report:
@@ -96,14 +83,11 @@ class Report:
 
     def store(self, config: AttentionVerifyConfig) -> None:
         """Settings, machine, table and failures as JSON, if the user wants them."""
-        if config.output is None:
-            return
         failures = [{"what": what, "command": command} for what, command in self.failures]
         settings = config.model_dump(mode="json", exclude={"output"})
         content = {"verify": "attention", "settings": settings, "machine": describe_environment()}
-        results = [row | {"fp32": {name: _finite(error) for name, error in row["fp32"].items()}} for row in self.rows()]
-        write_json(Path(config.output), {**content, "results": results, "failures": failures})
-        say(f"report in {config.output}")
+        results = [row | {"fp32": {name: finite(error) for name, error in row["fp32"].items()}} for row in self.rows()]
+        store_report(config.output, {**content, "results": results, "failures": failures})
 
     def _worst(self, found: Sequence[Verdict], name: str) -> float | None:
         errors = [v.errors[name] for v in found if v.own is None and name in v.errors]
@@ -111,11 +95,6 @@ class Report:
 
     def _ratios(self, key: Key) -> dict[str, float | None]:
         return {name: pooled_ratio(self._verdicts[key], name) for name in POOLED}
-
-
-def _finite(number: float | None) -> float | str | None:
-    """JSON has no inf and no NaN."""
-    return number if number is None or math.isfinite(number) else str(number)
 
 
 def _scientific(number: float | None) -> str:

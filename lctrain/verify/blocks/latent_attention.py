@@ -13,7 +13,6 @@ from torch import Tensor
 from lctrain.config.latent_attention import LatentAttentionConfig
 from lctrain.config.rope import RopeConfig
 from lctrain.config.schema import ModelConfig
-from lctrain.kernels.attention import reference
 from lctrain.models.latent_attention import LatentAttention
 from lctrain.models.rope import rotation, yarn_temperature
 from lctrain.parallel.mask import AttentionMask
