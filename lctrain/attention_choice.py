@@ -12,6 +12,7 @@ from lctrain.config.load import load
 from lctrain.config.schema import TrainConfig
 from lctrain.config.strict import Strict
 from lctrain.devices import DTYPES
+from lctrain.models.latent_attention import head_size, travel_bytes
 from lctrain.models.pattern import parse_pattern
 from lctrain.parallel.choice import Candidate, rank_strategies
 from lctrain.parallel.deal import make_layout
@@ -37,32 +38,54 @@ def preset(name: str) -> ClusterConfig:
     return load(_ClusterChoice, "cluster", [f"cluster={name}"]).cluster
 
 
-def attention_strategies(config: TrainConfig, device: torch.device) -> Mapping[int | None, Strategy]:
-    """By window (None: layers without), the strategy of its layers. Equal on all ranks whose devices are alike."""
-    parallel, windows = config.parallel, _windows(config)
+Kind = int | str | None
+"""A kind of attention layer: a window, None for those without, "+" for latent attention."""
+
+
+def attention_strategies(config: TrainConfig, device: torch.device) -> Mapping[Kind, Strategy]:
+    """By kind, the strategy of its layers. Equal on all ranks whose devices are alike."""
+    parallel, kinds = config.parallel, _kinds(config)
     if parallel.attention != "auto":
         named = Strategy(parallel.attention, parallel.ulysses, parallel.ring, parallel.nesting, parallel.node_size)
-        return dict.fromkeys(windows, named)
+        return dict.fromkeys(kinds, named)
     if parallel.cp == 1:  # nothing travels
-        return dict.fromkeys(windows, Strategy())
-    return {window: candidates[0].strategy for window, candidates in _ranked(config, device).items()}
+        return dict.fromkeys(kinds, Strategy())
+    return {kind: candidates[0].strategy for kind, candidates in _ranked(config, device).items()}
 
 
 def announce_choice(config: TrainConfig, device: torch.device, tracker: Tracker) -> None:
-    """Tell what `parallel.attention=auto` chose, and from what: the best few in a message, all in an event."""
+    """Tell what `parallel.attention=auto` chose, and from what: the best few in a message, all in an event; and what travels
+    for latent attention."""
+    if config.parallel.cp > 1 and "+" in _kinds(config):
+        _announce_travel(config, attention_strategies(config, device)["+"], tracker)
     if config.parallel.attention != "auto" or config.parallel.cp == 1:
         return
     cluster = _cluster(config, device)
     for window, candidates in _ranked(config, device).items():
-        layers = f"layers with a window of {window}" if window else "full-attention layers"
+        names: dict[Kind, str] = {None: "full-attention layers", "+": "latent-attention layers"}
+        layers = names.get(window, f"layers with a window of {window}")
         best = "; ".join(f"{_described(c)} {c.seconds * 1e3:.4g} ms, {c.bytes / 1e6:.4g} MB" for c in candidates[:SHOWN])
         tracker.message(f"attention of {layers}, simulated on {cluster.name}, forward and backward of one: {best}")
         tracker.event("attention", window=window, cluster=cluster.name, candidates=[_row(c) for c in candidates])
 
 
-def _windows(config: TrainConfig) -> list[int | None]:
-    kinds = {layer.symbol for layer in parse_pattern(config.model.pattern)}
-    return [window for symbol, window in (("*", None), ("W", config.model.attention.window)) if symbol in kinds]
+def _kinds(config: TrainConfig) -> list[Kind]:
+    symbols = {layer.symbol for layer in parse_pattern(config.model.pattern)}
+    kinds: dict[str, Kind] = {"*": None, "W": config.model.attention.window, "+": "+"}
+    return [kind for symbol, kind in kinds.items() if symbol in symbols]
+
+
+def _announce_travel(config: TrainConfig, strategy: Strategy, tracker: Tracker) -> None:
+    settings, cp = config.model.latent_attention, config.parallel.cp
+    heads = settings.n_heads // config.parallel.tp
+    sent = travel_bytes(settings, heads, strategy, cp, config.trainer.seq_len, DTYPES[config.engine.dtype])
+    latent = settings.travel == "latent" or (settings.travel == "auto" and sent.latent < sent.heads)
+    tracker.message(
+        f"latent attention: {'latents' if latent else 'keys and values of all heads'} travel with {_named(strategy)};"
+        f" per layer and sequence, forward and backward, all ranks: latents {sent.latent / 1e6:.4g} MB,"
+        f" heads {sent.heads / 1e6:.4g} MB"
+    )
+    tracker.event("latent_attention", travel="latent" if latent else "heads", **sent._asdict())
 
 
 def _cluster(config: TrainConfig, device: torch.device) -> ClusterConfig:
@@ -74,19 +97,36 @@ def _cluster(config: TrainConfig, device: torch.device) -> ClusterConfig:
     return preset(next((choice for part, choice in PRESETS.items() if part in name), "h100"))
 
 
-def _ranked(config: TrainConfig, device: torch.device) -> dict[int | None, tuple[Candidate, ...]]:
+def _ranked(config: TrainConfig, device: torch.device) -> dict[Kind, tuple[Candidate, ...]]:
     """Each kind of layer on one document as long as a sample, the costliest case."""
-    attention, length = config.model.attention, config.trainer.seq_len
+    length = config.trainer.seq_len
     layout = make_layout(config.parallel.layout, config.parallel.cp, length, ((0, length),))
-    head_dim = attention.head_dim or config.model.d_model // attention.n_heads
-    dtype = DTYPES[config.engine.dtype]
-    shape = AttentionShape(config.trainer.micro_batch, attention.n_heads, attention.n_kv_heads, head_dim, dtype)
     cluster = _cluster(config, device).build()
-    return {w: rank_strategies(layout, AttentionMask.dense(length, window=w), shape, cluster) for w in _windows(config)}
+    return {
+        kind: rank_strategies(
+            layout, AttentionMask.dense(length, window=kind if isinstance(kind, int) else None), _shape(config, kind), cluster
+        )
+        for kind in _kinds(config)
+    }
+
+
+def _shape(config: TrainConfig, kind: Kind) -> AttentionShape:
+    batch, dtype, tp = config.trainer.micro_batch, DTYPES[config.engine.dtype], config.parallel.tp
+    if kind == "+":
+        latent = config.model.latent_attention
+        heads = latent.n_heads // tp
+        width = None if latent.travel == "heads" else latent.kv_lora_rank + latent.qk_rope_head_dim
+        return AttentionShape(batch, heads, heads, head_size(latent), dtype, width)
+    attention = config.model.attention
+    head_dim = attention.head_dim or config.model.d_model // attention.n_heads
+    return AttentionShape(batch, attention.n_heads, attention.n_kv_heads, head_dim, dtype)
 
 
 def _described(candidate: Candidate) -> str:
-    strategy = candidate.strategy
+    return _named(candidate.strategy)
+
+
+def _named(strategy: Strategy) -> str:
     if strategy.name == "usp":
         return f"usp (ulysses={strategy.ulysses}, ring={strategy.ring}, nesting={strategy.nesting})"
     return f"double_ring (node_size={strategy.node})" if strategy.name == "double_ring" else strategy.name

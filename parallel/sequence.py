@@ -21,9 +21,11 @@ class SequenceMeta:
 
     positions: int64 [B, layout.local_length], restarting in every document.
     documents: per batch row, the global document borders.
-    strategy: how attention works over the ranks: the same in all layers, or one for each window (None: layers without).
+    strategy: how attention works over the ranks: the same in all layers, or one for each kind: a window, None for layers
+        without, "+" for latent attention.
     side_loss_scale: factor of a layer's own loss, given as this rank's part of a mean over the micro-batch, that makes its
         gradient weigh as much as that of the main loss in the step.
+    samples: per batch row, the number of its sample in the run. tasks: per batch row and document, the number of its corpus.
     """
 
     def __init__(
@@ -32,11 +34,13 @@ class SequenceMeta:
         group: RankGroup,
         positions: Tensor,
         documents: tuple[Borders, ...],
-        strategy: str | Strategy | Mapping[int | None, Strategy] = "ring",
+        strategy: str | Strategy | Mapping[int | str | None, Strategy] = "ring",
         side_loss_scale: float = 1.0,
+        samples: tuple[int, ...] | None = None,
+        tasks: tuple[tuple[int, ...], ...] | None = None,
     ) -> None:
         self.layout, self.group, self.positions, self.documents = layout, group, positions, documents
-        self.side_loss_scale = side_loss_scale
+        self.side_loss_scale, self.samples, self.tasks = side_loss_scale, samples, tasks
         self._strategy = Strategy(strategy) if isinstance(strategy, str) else strategy
         self._made: dict[object, object] = {}
 
@@ -50,9 +54,9 @@ class SequenceMeta:
         """Causal attention within documents."""
         return self.once(("mask", window), lambda: AttentionMask(self.documents, causal=True, window=window))
 
-    def strategy(self, window: int | None = None) -> Strategy:
-        """How attention with this window works over the ranks."""
-        return self._strategy if isinstance(self._strategy, Strategy) else self._strategy[window]
+    def strategy(self, kind: int | str | None = None) -> Strategy:
+        """How attention of this kind works over the ranks."""
+        return self._strategy if isinstance(self._strategy, Strategy) else self._strategy[kind]
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, window: int | None = None, sinks: Tensor | None = None) -> Tensor:
         """Causal attention within documents over the whole sequence: q [B, T, H, D], k, v [B, T, Hkv, D] -> [B, T, H, D].
