@@ -127,12 +127,13 @@ def sequence_parallel_latent_attention(
     split = AttentionShape(q.shape[0], heads, heads, q.shape[3], q.dtype, latent.shape[-1]).split(size)
     exchange = HeadExchange(group, grouped, index, split)
     q_heads, latents = ToHeads.apply(exchange, q, latent.unsqueeze(2))
-    out = q_heads
     if q_heads.shape[2]:
         between = group.across([members[exchange.me] for members in grouped.groups])
         own = weight.unflatten(0, (heads, -1))[slice(*split.q[exchange.me])].flatten(0, 1)
         sources = latents.squeeze(2), own
         out, _ = _scheduled(q_heads, None, grouped, mask, between, index, strategy, scale, make_keys, *sources)
+    else:  # more ranks than heads: nothing to compute, but the weight's gradient must exist (and be 0) on every rank
+        out = q_heads + 0 * weight.sum()
     return ToTokens.apply(out, exchange)
 
 
