@@ -20,7 +20,8 @@ def check(schedule: Schedule, tiles: TileMap) -> None:
     """Raise ScheduleError unless `schedule` is right for `tiles`.
 
     Each live tile is computed exactly once and no dead one is; tiles find their inputs; sends and receives match; partial
-    results are complete and end with their owners; no rank holds more than schedule.buffers foreign items.
+    results are complete and end with their owners, rounded ones without a stop on the way; no rank holds more than
+    schedule.buffers foreign items.
     """
     _Check(schedule, tiles).run()
 
@@ -103,6 +104,8 @@ class _Check:
                     if t.item.kind in SUMS:
                         if t.item not in here[rank]:
                             self.fail(f"rank {rank} sends {t.item}, which it does not have", index)
+                        if t.item.kind in self.schedule.rounded and t.peer != t.item.chunk.owner:
+                            self.fail(f"rank {rank} sends {t.item}, which is rounded, to a rank that adds to it", index)
                         due[t.until].append((t.peer, t.item, here[rank].pop(t.item)))
                         arriving[t.peer] += 1
             for rank, steps in enumerate(self.schedule.ranks):

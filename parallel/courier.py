@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lctrain.kernels.attention.merge import merge_
 from lctrain.parallel.group import RankGroup
-from lctrain.parallel.payload import AttentionShape, payload
+from lctrain.parallel.payload import AttentionShape, Part, payload
 from lctrain.parallel.plan import AttentionPlan, Side
 from lctrain.parallel.schedule import COPIES, Chunk, Item
 
@@ -113,7 +113,8 @@ class Courier:
 
     def _outgoing(self, item: Item) -> Tensors:
         if item.kind not in COPIES:
-            return tuple(tensor.contiguous() for tensor in self._sums.pop(item))
+            pairs = zip(self._sums.pop(item), self._parts(item), strict=True)
+            return tuple(tensor.to(part.dtype).contiguous() for tensor, part in pairs)
         if item not in self._copies:
             assert item.chunk.owner == self._plan.rank
             self._copies[item] = self._pack(item)
@@ -134,10 +135,13 @@ class Courier:
         return {item: self._copies[item] for item in items}
 
     def _empty(self, item: Item, tokens: int) -> Tensors:
-        parts = payload(item.kind, self._plan.schedule.direction, self._shape, self._split, item.heads)
         # Chunks between those that come are never filled; a latent is expanded with them, and NaN there would spread.
         make = torch.empty if self._shape.latent is None else torch.zeros
-        return tuple(make(tokens, *part.tail, dtype=part.dtype, device=self._device) for part in parts)
+        return tuple(make(tokens, *part.tail, dtype=part.dtype, device=self._device) for part in self._parts(item))
+
+    def _parts(self, item: Item) -> tuple[Part, ...]:
+        schedule = self._plan.schedule
+        return payload(item.kind, schedule.direction, self._shape, self._split, item.heads, schedule.rounded)
 
 
 def _add(kind: str, total: Tensors, more: Tensors) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -57,19 +58,22 @@ class Part(NamedTuple):
         return math.prod(self.tail) * self.dtype.itemsize
 
 
-def payload(kind: str, direction: Direction, shape: AttentionShape, split: HeadSplit, heads: int) -> tuple[Part, ...]:
+def payload(
+    kind: str, direction: Direction, shape: AttentionShape, split: HeadSplit, heads: int, rounded: Sequence[str] = ()
+) -> tuple[Part, ...]:
     """The tensors of an item of this kind for one slice of the heads.
 
-    Inputs and partial outputs travel in the dtype of q; log-sum-exp, delta and gradients that are still added to, in fp32.
+    Inputs and partial outputs travel in the dtype of q; log-sum-exp, delta and gradients in fp32, but for the kinds `rounded`.
     """
     (q0, q1), (k0, k1) = split.q[heads], split.kv[heads]
     batch, size, wide = shape.batch, shape.head_dim, accumulation_dtype(shape.dtype)
+    gradient = shape.dtype if kind in rounded else wide
     slots, kv_size = shape.kv_size
     parts = {
         "kv": (Part((batch, slots, k1 - k0, kv_size), shape.dtype),),
         "out": (Part((batch, q1 - q0, size), shape.dtype), Part((batch, q1 - q0), wide)),
-        "dq": (Part((batch, q1 - q0, size), wide),),
-        "dkv": (Part((batch, slots, k1 - k0, kv_size), wide),),
+        "dq": (Part((batch, q1 - q0, size), gradient),),
+        "dkv": (Part((batch, slots, k1 - k0, kv_size), gradient),),
         "q": (Part((batch, q1 - q0, size), shape.dtype),)
         if direction == "forward"
         else (Part((batch, 2, q1 - q0, size), shape.dtype), Part((batch, 2, q1 - q0), wide)),
@@ -79,7 +83,7 @@ def payload(kind: str, direction: Direction, shape: AttentionShape, split: HeadS
 
 def item_bytes(kind: str, schedule: Schedule, shape: AttentionShape, heads: int, chunk_length: int) -> int:
     """Bytes of one item of a schedule."""
-    parts = payload(kind, schedule.direction, shape, shape.split(schedule.slices), heads)
+    parts = payload(kind, schedule.direction, shape, shape.split(schedule.slices), heads, schedule.rounded)
     return chunk_length * sum(part.bytes_per_token for part in parts)
 
 

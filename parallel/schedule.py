@@ -77,6 +77,8 @@ class Schedule:
     ranks: per rank, its steps; all ranks have equally many.
     slices: parts into which the heads are split.
     buffers: most items of other ranks that any rank may hold at once, arriving ones included.
+    rounded: kinds of gradients that nobody adds to on the way, so that they may travel in the inputs' dtype and still be
+        rounded once only; the owner adds them up in fp32. Other gradients travel in fp32.
     """
 
     strategy: str
@@ -84,6 +86,7 @@ class Schedule:
     ranks: tuple[tuple[Step, ...], ...]
     slices: int
     buffers: int
+    rounded: tuple[str, ...] = ()
 
     @property
     def world_size(self) -> int:

@@ -71,12 +71,12 @@ class _Plan:
             for tile in self.problem.live.tiles(own, own, heads):
                 steps[self.last if split and tile.q == tile.k else 0].append(tile)
 
-    def schedule(self, strategy: str, slices: int, buffers: int) -> Schedule:
+    def schedule(self, strategy: str, slices: int, buffers: int, rounded: tuple[str, ...] = ()) -> Schedule:
         ranks = []
         for tiles, sends, receives in zip(self.tiles, self.sends, self.receives, strict=True):
             steps = zip(tiles, sends, receives, strict=True)
             ranks.append(tuple(Step(tuple(t), tuple(sorted(s)), tuple(sorted(r))) for t, s, r in steps))
-        return Schedule(strategy, self.problem.direction, tuple(ranks), slices, buffers)
+        return Schedule(strategy, self.problem.direction, tuple(ranks), slices, buffers, rounded)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -191,7 +191,8 @@ def _all_gather(problem: Problem) -> Schedule:
                 if backward:
                     plan.transfer(Item("dkv", chunk), rank, chunk.owner, 2)
     # Backward: everyone's keys with a gradient each, then everyone's share of this rank's gradients.
-    return plan.schedule("all_gather", 1, buffers=(2 if backward else 1) * max(1, world - 1) * live.chunks)
+    buffers = (2 if backward else 1) * max(1, world - 1) * live.chunks
+    return plan.schedule("all_gather", 1, buffers, rounded=("dkv",) if backward else ())
 
 
 STRATEGIES: dict[str, Callable[[Problem], Schedule]] = {

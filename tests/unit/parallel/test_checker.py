@@ -335,3 +335,17 @@ def test_says_where() -> None:
     draft.remove(*draft.each(1)[0])
     with pytest.raises(ScheduleError, match=r"^ring forward on 4 ranks, step \d+: rank \d uses .* which has not arrived$"):
         check(draft.schedule(), tiles)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_refuses_to_round_gradients_again_and_again(strategy: str) -> None:
+    """Keys' gradients go from rank to rank in rings; where each goes straight home, they may be rounded for the way."""
+    tiles = TileMap(SequenceLayout("zigzag", 4, 64), AttentionMask.dense(64))
+    schedule = STRATEGIES[strategy](Problem(tiles, "backward", 2, 2))
+    assert schedule.rounded == (("dkv",) if strategy == "all_gather" else ())
+    rounded = dataclasses.replace(schedule, rounded=("dkv",))
+    if strategy in ("all_gather", "token_ring"):
+        check(rounded, tiles)
+        return
+    with pytest.raises(ScheduleError, match="which is rounded, to a rank that adds to it"):
+        check(rounded, tiles)
