@@ -13,6 +13,8 @@ from pydantic import Field, model_validator
 
 from lctrain.config.cluster import ClusterConfig
 from lctrain.config.latent_attention import LatentAttentionConfig
+from lctrain.config.mamba import LinearAttentionConfig, MambaConfig, check_layout
+from lctrain.config.moe import MoeConfig, RoutedHeadsConfig
 from lctrain.config.rope import RopeConfig
 from lctrain.config.strict import Fraction, NonNegative, NonNegativeFloat, Positive, PositiveFloat, Strict
 
@@ -49,6 +51,8 @@ class AttentionConfig(Strict):
     """False: no position embedding, for models whose recurrent layers tell the order (NemotronH, Jamba)."""
     rope: RopeConfig = RopeConfig()
     """Rotary position embedding."""
+    routed_heads: RoutedHeadsConfig | None = None
+    """Mixture of heads in `*` and `W`: each token uses some of the query heads; null: all."""
 
 
 class MlpConfig(Strict):
@@ -68,8 +72,8 @@ class ModelConfig(Strict):
     name: str = "custom"
     """Name of the preset, for people."""
     pattern: str
-    """One symbol per sublayer: `*` attention, `W` windowed attention, `+` latent attention, `-` MLP; repeats as in
-    `(*-){12}`."""
+    """One symbol per sublayer: `*` attention, `W` windowed attention, `+` latent attention, `M` Mamba-2, `L` linear attention,
+    `-` MLP, `E` experts; repeats as in `(*-){12}`."""
     d_model: Positive
     """Width of the residual stream."""
     vocab_size: Positive
@@ -80,6 +84,12 @@ class ModelConfig(Strict):
     """Settings of `-`."""
     latent_attention: LatentAttentionConfig = LatentAttentionConfig()
     """Settings of `+`."""
+    mamba: MambaConfig = MambaConfig()
+    """Settings of `M`."""
+    linear_attention: LinearAttentionConfig = LinearAttentionConfig()
+    """Settings of `L`."""
+    moe: MoeConfig = MoeConfig()
+    """Settings of `E`."""
     norm_eps: PositiveFloat = 1e-5
     """Epsilon of every RMSNorm."""
     tie_embeddings: bool = False
@@ -106,6 +116,16 @@ class ModelConfig(Strict):
             head_dim = attention.head_dim or self.d_model // attention.n_heads
             if head_dim % 2:
                 raise ValueError(f"a head of size {head_dim} cannot be rotated: rotary embedding needs an even head_dim")
+        heads = attention.routed_heads
+        if heads is not None and heads.shared + heads.top_k > attention.n_heads:
+            raise ValueError(
+                f"attention.routed_heads: shared={heads.shared} and top_k={heads.top_k} heads are more than"
+                f" attention.n_heads={attention.n_heads}"
+            )
+        if "M" in symbols:
+            self.mamba.check_model(self.d_model)
+        if "L" in symbols:
+            self.linear_attention.check_model(self.d_model)
         if "W" in symbols and attention.window is None:
             raise ValueError(f"pattern {self.pattern!r} has a W sublayer: set attention.window (tokens)")
         return self
@@ -154,6 +174,9 @@ class ParallelConfig(Strict):
     """Tensor-parallel size: processes that share every matrix (engine.name=megatron or deepspeed)."""
     pp: Positive = 1
     """Pipeline-parallel size: processes that hold consecutive layers (engine.name=megatron or deepspeed)."""
+    virtual_stages: Positive = 1
+    """megatron: pieces of the model per pipeline stage; with more than 1 the schedule is interleaved, with smaller bubbles and
+    more messages."""
     ep: Positive = 1
     """Expert-parallel size: processes that divide the experts of a mixture among them; folded from the dp x cp x tp processes
     of a pipeline stage, neighbours first."""
@@ -192,12 +215,14 @@ class ParallelConfig(Strict):
 class EngineConfig(Strict):
     """Who owns gradients and the optimizer step."""
 
-    name: Literal["torch"] = "torch"
-    """torch: one process, DDP or FSDP2."""
+    name: Literal["torch", "megatron"] = "torch"
+    """torch: one process, DDP or FSDP2. megatron: megatron-core's tensor and pipeline parallelism, DDP and optimizer."""
     data_parallel: Literal["ddp", "fsdp"] = "ddp"
     """ddp: every process holds all weights. fsdp: weights, gradients and optimizer state are sharded over dp x cp."""
     dtype: Literal["fp32", "bf16"] = "fp32"
     """Arithmetic of the layers; weights, gradients, optimizer state, norms' statistics and the loss stay fp32."""
+    distributed_optimizer: bool = True
+    """megatron: fp32 main weights and moments are divided over dp x cp; false: every data-parallel copy has all of them."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto takes CUDA where there is one."""
     activation_checkpointing: Literal["none", "layer"] = "none"
@@ -358,6 +383,15 @@ class TrainConfig(Strict):
     @model_validator(mode="after")
     def _check(self) -> TrainConfig:
         self.check_layout(self.launcher.processes)
+        check_layout(set(self.model.pattern), self.parallel.layout, self.parallel.cp)
+        if "M" in self.model.pattern:
+            self.model.mamba.check_run(self.parallel.tp)
+        if "L" in self.model.pattern:
+            self.model.linear_attention.check_run(self.parallel.tp)
+        if "E" in self.model.pattern:
+            self.model.moe.check_run(self.parallel.ep, self.parallel.etp, len(self.data.corpora))
+        elif self.parallel.ep > 1:
+            raise ValueError(f"parallel.ep={self.parallel.ep} has no experts to divide: model.pattern has no E")
         staged = sum(stage.steps for stage in self.trainer.stages)
         if staged >= self.trainer.steps and self.trainer.stages:
             raise ValueError(

@@ -54,6 +54,11 @@ class MicroBatch:
     samples: tuple[int, ...]
     spans: tuple[tuple[DocumentSpan, ...], ...]
 
+    @property
+    def tasks(self) -> tuple[tuple[int, ...], ...]:
+        """Per row and document, the place of its corpus in data.corpora: what a task-conditioned layer goes by."""
+        return tuple(tuple(span.corpus for span in row) for row in self.spans)
+
 
 @dataclasses.dataclass(frozen=True)
 class StepBatch:

@@ -14,13 +14,14 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_di
 
 from lctrain.attention_choice import attention_strategies
 from lctrain.config.schema import TrainConfig
-from lctrain.data.batch import MicroBatch, StepBatch
+from lctrain.data.batch import DocumentSpan, MicroBatch, StepBatch
 from lctrain.engines.base import StepResult
 from lctrain.engines.cut import CutParameters
 from lctrain.engines.problem import describe_problem
 from lctrain.models.build import build_model
 from lctrain.models.init import initialise
 from lctrain.models.model import LanguageModel, LossSums
+from lctrain.models.moe.stats import forget_statistics, gather_statistics, update_biases
 from lctrain.models.parallel import ModelParallel
 from lctrain.optim import global_grad_norm, make_adamw, scale_gradients
 from lctrain.parallel.deal import make_layout
@@ -39,7 +40,7 @@ class TorchEngine:
     def __init__(self, config: TrainConfig, mesh: ProcessMesh, groups: MeshGroups, device: torch.device) -> None:
         self.config, self.mesh, self.groups, self.device = config, mesh, groups, device
         self.strategies = attention_strategies(config, device)
-        self.model = build_model(config, ModelParallel(ep=groups.ep))
+        self.model = build_model(config, ModelParallel(ep=groups.ep, dp_cp=groups.dp_cp))
         self.cut = CutParameters(self.model, mesh, groups, device)
         self.parallel_model = parallelize(self.model, config, mesh, device, self.cut)
         self.optimizer = make_adamw(self.model, config.optim)
@@ -66,12 +67,12 @@ class TorchEngine:
         problem = None
         if not math.isfinite(loss) or not math.isfinite(self.grad_norm):
             problem = describe_problem(self.mesh, batch, losses, loss, self.grad_norm)
-        return StepResult(loss, self.grad_norm, problem)
+        return StepResult(loss, self.grad_norm, problem, gather_statistics(self.model, self.model.parallel))
 
     def gradients(self) -> dict[str, Tensor]:
         """See Engine."""
         return {
-            name: whole.float().cpu()
+            name: whole.to("cpu", torch.float32, copy=True)
             for name, parameter in self.model.named_parameters()
             if parameter.grad is not None
             for whole in [self.cut.whole(name, parameter.grad)]
@@ -86,11 +87,13 @@ class TorchEngine:
         for param_group in self.optimizer.param_groups:
             param_group["lr"] = lr
         self.optimizer.step()
+        update_biases(self.model)
         self.discard()
 
     def discard(self) -> None:
         """See Engine."""
         self.optimizer.zero_grad(set_to_none=True)
+        forget_statistics(self.model)
 
     @torch.no_grad()
     def evaluate(self, batches: Iterable[MicroBatch]) -> float:
@@ -125,7 +128,14 @@ class TorchEngine:
         )
         share = tokens.shape[0] / trainer.global_batch  # of the micro-batch in the step
         seq = SequenceMeta(
-            micro.layout, self.groups.cp, positions, micro.borders, self.strategies, side_loss_scale=share * self.mesh.size
+            micro.layout,
+            self.groups.cp,
+            positions,
+            micro.borders,
+            self.strategies,
+            side_loss_scale=share * self.mesh.size,
+            samples=micro.samples,
+            tasks=micro.tasks,
         )
         return self.parallel_model(tokens, labels, seq, trainer.loss_chunk, trainer.z_loss)
 
@@ -138,7 +148,7 @@ class TorchEngine:
         length = 2 * self.mesh.cp
         layout = make_layout(self.config.parallel.layout, self.mesh.cp, length, ((0, length),))
         nothing = torch.zeros(1, layout.local_length, dtype=torch.int64)
-        micro = MicroBatch(nothing, nothing, nothing, ((0, length),), layout, length, (0,), ((),))
+        micro = MicroBatch(nothing, nothing, nothing, ((0, length),), layout, length, (0,), ((DocumentSpan(0, 0, 0),),))
         self._forward(micro).objective.backward()
         self.discard()
 

@@ -19,7 +19,7 @@ def initialise(model: LanguageModel, seed: int) -> None:
     """Fill every parameter in place; cut and sharded parameters get their part of what one process would have.
 
     Normal with std `init_std`; projections into the residual stream have it divided by sqrt(number of sublayers)
-    (Radford et al. 2019); norms 1, biases and attention sinks 0. A module with a method `initial` decides for itself:
+    (Radford et al. 2019); norms 1, biases, attention sinks and buffers 0. A module with a method `initial` decides for itself:
     initial(name, whole shape, std, generator) -> values, or None for the above.
     """
     std = model.config.init_std
@@ -31,6 +31,8 @@ def initialise(model: LanguageModel, seed: int) -> None:
             scale = std / math.sqrt(model.depth) if _into_residual(module, local) else std
             _copy(parameter, _initial_part(module, local, name, parameter, place, scale, seed, model.parallel))
     assert not places, places
+    for buffer in model.buffers():
+        buffer.zero_()
 
 
 def _initial_part(

@@ -11,6 +11,7 @@ from lctrain.config.schema import ModelConfig
 from lctrain.models.attention import Attention
 from lctrain.models.latent_attention import LatentAttention
 from lctrain.models.mlp import Mlp
+from lctrain.models.moe.moe import MixtureOfExperts
 from lctrain.models.parallel import ModelParallel
 from lctrain.models.pattern import SYMBOLS, LayerSpec
 from lctrain.parallel.mask import Borders
@@ -40,7 +41,7 @@ TOKEN_MIXERS: dict[str, Callable[[ModelConfig, ModelParallel], Mixer]] = {
 }
 """Mixers that move information between tokens."""
 
-CHANNEL_MIXERS: dict[str, Callable[[ModelConfig, ModelParallel], Mixer]] = {"-": Mlp}
+CHANNEL_MIXERS: dict[str, Callable[[ModelConfig, ModelParallel], Mixer]] = {"-": Mlp, "E": MixtureOfExperts}
 """Mixers that work on each token by itself."""
 
 assert set(SYMBOLS) == set(TOKEN_MIXERS) | set(CHANNEL_MIXERS)

@@ -63,6 +63,17 @@ def test_swiglu(counts: list[int], dtype: torch.dtype) -> None:
         close(ours.detach(), theirs.detach(), dtype)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("k", [16, 6])
+def test_a_row_does_not_depend_on_the_size_of_its_group(k: int, dtype: torch.dtype) -> None:
+    """To the last bit: what a token gets must not tell how many others go to its expert."""
+    x, weight, ends = leaves([40], k, 32, dtype)
+    whole = grouped_linear(x, weight, ends)
+    for rows in range(1, 40):
+        twice = torch.tensor([rows, 40], dtype=torch.int32)
+        assert torch.equal(grouped_linear(x, weight.repeat(2, 1, 1), twice), whole), rows
+
+
 def test_gradcheck() -> None:
     gate, weight, ends = leaves([2, 0, 3], 3, 2, torch.float64)
     up = torch.randn_like(gate, requires_grad=True)
