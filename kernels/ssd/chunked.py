@@ -289,7 +289,7 @@ def _gradients(problem: _Problem, B: Tensor, C: Tensor, D: Tensor | None, dy: Te
     dA, dD = (problem.A.new_zeros(problem.heads, dtype=torch.float64) for _ in range(2))
     for chunks, tokens, q in problem.panels():
         decays = problem.decays(tokens, q)
-        before, after = states[:, chunks], states[:, chunks.start + 1 : chunks.stop + 1]
+        before = states[:, chunks]
         dafter = dstates[:, chunks.start + 1 : chunks.stop + 1]
         x, v = problem.values(tokens, q)
         slope = dy[:, tokens].to(wide).unflatten(1, (-1, q))
@@ -302,27 +302,30 @@ def _gradients(problem: _Problem, B: Tensor, C: Tensor, D: Tensor | None, dy: Te
         weighted = (slope_h @ v_h.transpose(-1, -2)).mul_(between)
         by_scores = weighted.unflatten(2, (problem.groups, problem.each))
         dscores = by_scores.sum(3) if problem.each > 1 else by_scores[:, :, :, 0].clone()
-        rising = by_scores.mul_(scores.unsqueeze(3)).flatten(2, 3).sum(-1).transpose(2, 3)  # R k q H
+        pairs = by_scores.mul_(scores.unsqueeze(3)).flatten(2, 3)
+        pairs.diagonal(dim1=-2, dim2=-1).zero_()  # a token's own value does not decay
         # Through the state before and the state after.
         seen = slope * decays.from_start.unsqueeze(-1)
         held = v * decays.to_end.unsqueeze(-1)
-        rising += torch.mul(problem.by_head(c @ before), seen).sum(-1)
+        entering = torch.mul(problem.by_head(c @ before), seen).sum(-1)  # R k q H
         dC[:, tokens] = _tokens(problem.by_group(seen) @ before.transpose(-1, -2) + dscores @ b)
         dB[:, tokens] = _tokens(problem.by_group(held) @ dafter.transpose(-1, -2) + dscores.transpose(-1, -2) @ c)
-        dv = torch.addcmul(dv, problem.by_head(b @ dafter), decays.to_end.unsqueeze(-1))
-        # c_i scales what token i sees, 1 / c_j what token j gave, c_Q all that leaves.
-        by_value = (x * dv).sum(-1)  # R k q H
-        given = by_value if dt_all is None else by_value * dt_all[:, tokens].to(wide).unflatten(1, (-1, q))
-        drunning = rising - given
-        drunning[:, :, -1] += _per_head(problem, after * dafter)
-        dgrowth = decays.same.transpose(-1, -2) @ drunning.double()
+        dheld = problem.by_head(b @ dafter)
+        leaving = (held * dheld).sum(-1)
+        dv = torch.addcmul(dv, dheld, decays.to_end.unsqueeze(-1))
+        # The decay of token t lies on the way from j < t to i >= t, from the state before to i >= t, from j < t to the state
+        # after, and from state to state. Sums over i and j of the same products: what must cancel does so exactly.
+        inner = ((pairs.sum(-1) - pairs.sum(-2)).transpose(2, 3) + entering).double()
+        leaving = leaving.double()
+        dgrowth = decays.same.transpose(-1, -2) @ inner + (decays.same @ leaving - leaving)
+        dgrowth += (decays.through * _per_head(problem, before * dafter)).unsqueeze(2)
         if dt_all is None:
             dA += dgrowth.sum((0, 1, 2))
         else:
             assert ddt is not None
             steps = dt_all[:, tokens].unflatten(1, (-1, q))
             dA += (dgrowth * steps).sum((0, 1, 2))
-            ddt[:, tokens] = (by_value + dgrowth * problem.A.double()).flatten(1, 2).to(ddt.dtype)
+            ddt[:, tokens] = ((x * dv).sum(-1) + dgrowth * problem.A.double()).flatten(1, 2).to(ddt.dtype)
             dv *= steps.to(wide).unsqueeze(-1)
         if D is not None:
             dD += (slope * x).sum(-1).sum((0, 1, 2), dtype=torch.float64)
