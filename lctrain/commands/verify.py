@@ -1,7 +1,8 @@
-"""Prove that sequence-parallel attention computes what one process does, and that every block computes what it should.
+"""Prove that layouts and sequence-parallel attention compute what one process does, and that every block is what it should be.
 
-usage: lctrain verify attention|blocks [name=value ...]
+usage: lctrain verify layout|attention|blocks [name=value ...]
 
+  lctrain verify layout model=llama3_8b parallel.cp=4 parallel.attention=usp launcher.processes=32
   lctrain verify blocks
   lctrain verify attention
   lctrain verify attention quick=true
@@ -15,7 +16,33 @@ from lctrain.subcommands import subcommands
 
 def main(args: list[str]) -> int:
     """Run the command."""
-    return subcommands("verify", {"attention": _attention, "blocks": _blocks}, args)
+    return subcommands("verify", {"layout": _layout, "attention": _attention, "blocks": _blocks}, args)
+
+
+def _layout(args: list[str]) -> int:
+    """Run your config, made small, as its layout and as one process on this machine, and compare all that they compute.
+
+    usage: lctrain verify layout [override of lctrain train ...] [verify.length=203] [verify.output=FILE] [--all]
+
+    Loss, gradient norm, every gradient, weights after some optimizer steps, a leak probe between packed documents, and
+    checkpoints. The pattern of blocks, the grid of processes and all options stay as they are; widths, depth and length shrink.
+    Without a layout (launcher.processes=1) the model is proved on a grid of context- and expert-parallel layouts; --all proves
+    the standard matrix. Exit status 1 if anything differs.
+
+      lctrain verify layout model=llama3_8b parallel.cp=4 parallel.attention=usp launcher.processes=32
+      lctrain verify layout model=hybrid_tiny
+      lctrain verify layout --all verify.only=fsdp
+    """
+    from lctrain.config.load import load
+    from lctrain.config.verify import LayoutVerifyConfig
+
+    mine = [arg.removeprefix("verify.") for arg in args if arg.startswith("verify.")]
+    if "--all" in args:
+        mine.append("all=true")
+    options = load(LayoutVerifyConfig, "verify_layout", mine)
+    from lctrain.verify.layout.prove import verify_layout
+
+    return verify_layout([arg for arg in args if not arg.startswith("verify.") and arg != "--all"], options)
 
 
 def _attention(args: list[str]) -> int:

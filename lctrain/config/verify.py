@@ -54,3 +54,24 @@ class BlocksVerifyConfig(Strict):
     """A sample of each block's cases."""
     output: str | None = None
     """JSON file for the report."""
+
+
+class LayoutVerifyConfig(Strict):
+    """`lctrain verify layout`: how the proof is made; what is proved is a config of `lctrain train`."""
+
+    processes: Annotated[int, Field(ge=1, le=64)] = 8
+    """Most processes to start; a larger layout is made smaller, dimension by dimension, and the report says how."""
+    length: Annotated[int, Field(ge=16)] = 203
+    """Tokens per sample: an odd number, so that shards are uneven."""
+    steps: Annotated[int, Field(ge=2)] = 3
+    """Optimizer steps."""
+    seed: NonNegative = 0
+    """Seed of weights and samples."""
+    timeout_s: Positive = 300
+    """Seconds a layout may take before it counts as hanging."""
+    output: str | None = None
+    """JSON file for the report; null: verify_layout.json in the run directory of the proved config (with --all: none)."""
+    all: bool = False
+    """Prove the standard matrix of layouts instead of one; the same as --all."""
+    only: str | None = None
+    """With --all: layouts whose name contains this text."""

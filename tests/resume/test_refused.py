@@ -30,7 +30,8 @@ def refusal(run, *more, **how) -> str:
         (["+trainer.stpes=3"], "unknown setting trainer.stpes (argument +trainer.stpes=3): did you mean trainer.steps?"),
         (
             ["parallel.cp=3", "launcher.processes=4"],
-            "launcher.processes=4 is not a multiple of parallel.cp=3; with 4 processes parallel.cp can be 1, 2, 4",
+            "launcher.processes=4 is not a multiple of parallel.cp=3; set launcher.processes to a multiple of 3,"
+            " or with 4 processes parallel.cp to 1, 2, 4",
         ),
         (["run_dir="], "run_dir=: must be text, not empty"),
     ],
