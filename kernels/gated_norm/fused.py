@@ -82,6 +82,6 @@ def _inverse_rms(parts: Tensor, eps: float) -> Tensor:
 
 
 def _through_norm(slope: Tensor, normed: Tensor, inverse: Tensor) -> Tensor:
-    """Gradient of what was normed, in the place of `slope`: what lies along it changes only its length, which the norm undoes."""
+    """Gradient of what was normed, in the place of `slope`; along itself it changes only its length, which the norm undoes."""
     along = (slope * normed).mean(-1, keepdim=True)
     return slope.addcmul_(normed, along, value=-1).mul_(inverse)

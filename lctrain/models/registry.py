@@ -10,10 +10,12 @@ from torch import Tensor
 from lctrain.config.schema import ModelConfig
 from lctrain.models.attention import Attention
 from lctrain.models.latent_attention import LatentAttention
+from lctrain.models.linear_attention import LinearAttention
+from lctrain.models.mamba import Mamba2
 from lctrain.models.mlp import Mlp
 from lctrain.models.moe.moe import MixtureOfExperts
 from lctrain.models.parallel import ModelParallel
-from lctrain.models.pattern import SYMBOLS, LayerSpec
+from lctrain.models.pattern import SYMBOLS, LayerSpec, parse_pattern
 from lctrain.parallel.mask import Borders
 from lctrain.parallel.sequence import SequenceMeta
 
@@ -38,6 +40,8 @@ TOKEN_MIXERS: dict[str, Callable[[ModelConfig, ModelParallel], Mixer]] = {
     "*": lambda config, parallel: Attention(config, False, parallel),
     "W": lambda config, parallel: Attention(config, True, parallel),
     "+": LatentAttention,
+    "M": Mamba2,
+    "L": LinearAttention,
 }
 """Mixers that move information between tokens."""
 
@@ -49,4 +53,7 @@ assert set(SYMBOLS) == set(TOKEN_MIXERS) | set(CHANNEL_MIXERS)
 
 def build_mixer(spec: LayerSpec, config: ModelConfig, parallel: ModelParallel) -> Mixer:
     """This rank's part of the mixer of one sublayer."""
+    if spec.symbol == "L":  # its rates may depend on how deep it lies
+        places = [layer.place for layer in parse_pattern(config.pattern) if layer.symbol in TOKEN_MIXERS]
+        return LinearAttention(config, parallel, (places.index(spec.place), len(places)))
     return {**TOKEN_MIXERS, **CHANNEL_MIXERS}[spec.symbol](config, parallel)
