@@ -94,7 +94,7 @@ class Dispatch:
             mine = sum(self.receive_rows)
             parts = exchange_rows(rows, self.etp, "token_slices", self.slice_rows, [mine] * self.etp.size)
             wide = torch.promote_types(rows.dtype, torch.float32)
-            rows = parts.view(self.etp.size, mine, -1).sum(0, dtype=wide).to(rows.dtype)
+            rows = parts.view(self.etp.size, mine, parts.shape[1]).sum(0, dtype=wide).to(rows.dtype)
         return exchange_rows(rows, self.ep, "tokens", self.receive_rows, self.send_rows)
 
 

@@ -22,8 +22,8 @@ from lctrain.models.parallel import ModelParallel
 from lctrain.models.side_loss import inject
 from lctrain.parallel.sequence import SequenceMeta
 
-_SCALARS = 4
-"""Sums beside the experts' counts: tokens, entropies, dropped choices, balancing losses."""
+_SCALARS = 5
+"""Sums beside the experts' counts: tokens, entropies, dropped choices, balancing losses, micro-batches."""
 
 DIGITS = 4
 """Significant digits of recorded metrics."""
@@ -49,20 +49,20 @@ class Balancer(nn.Module):
         """
         loss = balance_loss(self.config, routing, tokens, (seq.group, self.parallel.tp), self.parallel.dp_cp)
         if loss is not None:
-            loss = loss * seq.side_loss_scale
-            x = inject(x, loss)
-        return _Collect.apply(x, self._sums(routing, kept, loss), self)  # type: ignore[no-any-return]
+            x = inject(x, loss * seq.side_loss_scale)
+        sharing = seq.group.size * self.parallel.tp.size
+        return _Collect.apply(x, self._sums(routing, kept, loss, sharing), self)  # type: ignore[no-any-return]
 
     def add(self, sums: Tensor) -> None:
-        """One forward pass's sums, fp64 [n_experts + 4]."""
+        """One forward pass's sums, fp64 [n_experts + 5]."""
         self.sums = sums if self.sums is None else self.sums + sums
 
     @torch.no_grad()
-    def _sums(self, routing: Routing, kept: Tensor | None, loss: Tensor | None) -> Tensor:
+    def _sums(self, routing: Routing, kept: Tensor | None, loss: Tensor | None, sharing: int) -> Tensor:
         shares = routing.shares
         entropy = -torch.special.xlogy(shares, shares).sum()
         dropped = 0 if kept is None else kept.numel() - kept.sum()
-        scalars = (len(shares), entropy, dropped, 0 if loss is None else loss)
+        scalars = (len(shares), entropy, dropped, 0 if loss is None else loss, 1 / sharing)
         return torch.cat(
             [
                 count(routing.experts.flatten(), self.n_experts).double(),
@@ -94,7 +94,7 @@ def gather_statistics(model: nn.Module, parallel: ModelParallel) -> dict[str, An
 
     For E layers: moe_load (every expert's share of the choices, 1 / n_experts if even), moe_max_violation (largest load over
     mean - 1), moe_entropy (of the router's scores, nats per token), moe_dropped (share of the choices), moe_balance_loss
-    (weighted, as it acts on the gradient), moe_bias (largest selection bias by magnitude, if there are biases). The same with
+    (weighted, mean over micro-batches), moe_bias (largest selection bias by magnitude, if there are biases). The same with
     `moh_` for routed heads.
     """
     watched = balancers(model)
@@ -106,10 +106,9 @@ def gather_statistics(model: nn.Module, parallel: ModelParallel) -> dict[str, An
     for group in (parallel.dp_cp, parallel.tp):
         group.all_reduce("expert_counts", everything)
     extra: dict[str, list[Any]] = {}
-    ranks = parallel.dp_cp.size * parallel.tp.size
     for balancer, sums in zip(watched, everything.split([len(zero) for zero in empty]), strict=True):
         balancer.sums = sums
-        for name, value in _metrics(balancer, sums.cpu(), ranks).items():
+        for name, value in _metrics(balancer, sums.cpu()).items():
             extra.setdefault(f"{balancer.kind}_{name}", []).append(value)
     return extra
 
@@ -132,15 +131,15 @@ def forget_statistics(model: nn.Module) -> None:
         balancer.sums = None
 
 
-def _metrics(balancer: Balancer, sums: Tensor, ranks: int) -> dict[str, Any]:
-    counts, (tokens, entropy, dropped, loss) = sums[: balancer.n_experts], sums[balancer.n_experts :].tolist()
+def _metrics(balancer: Balancer, sums: Tensor) -> dict[str, Any]:
+    counts, (tokens, entropy, dropped, loss, passes) = sums[: balancer.n_experts], sums[balancer.n_experts :].tolist()
     choices = max(1.0, float(counts.sum()))
     found: dict[str, Any] = {
         "load": [_short(value) for value in (counts / choices).tolist()],
         "max_violation": _short(float(counts.max()) * balancer.n_experts / choices - 1),
         "entropy": _short(entropy / max(1.0, tokens)),
         "dropped": _short(dropped / choices),
-        "balance_loss": _short(loss / ranks),
+        "balance_loss": _short(loss / max(1.0, passes)),
     }
     if balancer.bias is not None:
         found["bias"] = _short(float(balancer.bias.abs().max()))
