@@ -23,8 +23,8 @@ Transfer = tuple[tuple[int, ...], tuple[int, ...]]
 def fetch_halos(tensors: Sequence[Tensor], layout: SequenceLayout, group: RankGroup, width: int) -> tuple[Tensor, ...]:
     """The `width` tokens before each of this rank's runs, in order of position, zeros before the sequence's first.
 
-    All tensors travel in one message per pair of ranks; gradients return to the tokens' owners. Collective over the group. Bytes
-    are counted as "halo" and, in backward, "halo gradient"; they do not depend on the sequence's length.
+    All tensors travel in one message per pair of ranks; gradients return to the tokens' owners. Collective over the group.
+    Bytes are counted as "halo" and, in backward, "halo gradient"; they do not depend on the sequence's length.
 
     Args:
         tensors: this rank's tokens, each [B, local_length, C] with a C of its own, all of one dtype.

@@ -2,12 +2,12 @@
 
 A run by itself leaves (decay, added) to the state (lctrain.kernels.ssd.merge). Ranks gather these summaries, merge those of the
 earlier runs in order of position, and go on from the state that reaches each of theirs. Backward is the same in reverse order:
-what travels are gradients of states. A summary has the size of a state, however long the run; only the order of runs in the
-sequence matters, so every layout of runs is exact, and a model that mixes attention and recurrences keeps its layout throughout.
+what travels are gradients of states. A summary has the size of a state, however long the run. Only the order of runs in the
+sequence matters, so every layout of runs is exact, and a model that mixes attention and recurrences keeps one layout.
 
-The alternative, to scan from zero states and add C . decay . state afterwards, would cost one more product of that size per token
-forward and three backward. Here the states that chunks leave behind are formed before the exchange and used after it: no
-product is formed twice, and the wait for the summaries is the only price.
+The alternative, to scan from zero states and add C . decay . state afterwards, would cost one more product of that size per
+token forward and three backward. Here the states that chunks leave behind are formed before the exchange and used after it:
+no product is formed twice, and the wait for the summaries is the only price.
 """
 
 from __future__ import annotations

@@ -140,7 +140,7 @@ class _Problem:
 
     def power(self, exponent: Tensor) -> Tensor:
         """2^exponent, for exponents up to 0 (overwritten)."""
-        return torch.nn.functional.threshold_(exponent, _SMALLEST[self.dtype], -torch.inf).exp2_()
+        return torch.threshold_(exponent, _SMALLEST[self.dtype], -torch.inf).exp2_()
 
     def between(self, decays: _Decays) -> Tensor:
         """exp(c_i - c_j) for a document's tokens j <= i, else 0: [R|1, k|1, H, q, q]."""

@@ -1,7 +1,7 @@
 """Linear attention with constant decay (Lightning Attention-2, Qin et al. 2024, arXiv 2401.04658): the mixer `L`.
 
     q, k, v = act(projections);  S_t = exp(-s_h) S_{t-1} + v k^T;  y = S q;  output = W_out (sigmoid(W_g input) * RMSNorm(y))
-with the slopes s_h = 2^(-8 h / H) of ALiBi for heads h = 1 .. H. This is the state-space scan with step 1, A = -s, B = k, C = q,
+with the slopes s_h = 2^(-8 h / H) of ALiBi for heads h = 1 .. H. This is the state-space scan with step 1, A = -s, B = k, C = q
 and as many groups as heads. With norm=whole and slower_with_depth it is MiniMax-01's layer (arXiv 2501.08313) as transformers
 computes it. There is no position embedding: the decay tells the order.
 """

@@ -3,8 +3,8 @@
     z, x, B, C, dt = projections of the input;  x, B, C = silu(causal depthwise convolution of each)
     dt = clamp(softplus(dt + dt_bias));  h_t = exp(-dt exp(A_log)) h_{t-1} + dt x B^T;  y = h C + D x
     output = W_out (RMSNorm over each group of (y * silu(z)))
-Projections and convolutions are separate parameters, so that tensor-parallel ranks can cut z, x and dt by heads, B and C by groups.
-A norm over groups needs no sum over ranks: each rank has whole groups.
+Projections and convolutions are separate parameters, so that tensor-parallel ranks can cut z, x and dt by heads, B and C by
+groups. A norm over groups needs no sum over ranks: each rank has whole groups.
 """
 
 from __future__ import annotations
@@ -26,6 +26,8 @@ from lctrain.models.tensor_parallel import column_linear, gather_tokens, row_lin
 from lctrain.parallel.mask import Borders
 from lctrain.parallel.scan import sequence_parallel_convs, sequence_parallel_scan
 from lctrain.parallel.sequence import SequenceMeta
+
+ScanArguments = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
 class CausalConv(nn.Module):
@@ -94,10 +96,13 @@ class Mamba2(nn.Module):
         """x [B, T, d_model] -> same shape."""
         x = gather_tokens(self.parallel, x, seq)
         convs = [(each, conv.weight, conv.bias) for each, conv in zip(self._inputs(x), self._convs, strict=True)]
-        where = {"layout": seq.layout, "group": seq.group}
-        values, b, c = sequence_parallel_convs(convs, positions=seq.positions, **where)
+        values, b, c = sequence_parallel_convs(convs, positions=seq.positions, layout=seq.layout, group=seq.group)
         y = sequence_parallel_scan(
-            *self._arguments(x, values, b, c), resets=document_starts(seq), chunk=self.settings.chunk, **where
+            *self._arguments(x, values, b, c),
+            resets=document_starts(seq),
+            layout=seq.layout,
+            group=seq.group,
+            chunk=self.settings.chunk,
         )
         return self._finish(y, x)
 
@@ -133,7 +138,7 @@ class Mamba2(nn.Module):
     def _inputs(self, x: Tensor) -> list[Tensor]:
         return [self.x(x), self.B(x), self.C(x)]
 
-    def _arguments(self, x: Tensor, values: Tensor, b: Tensor, c: Tensor) -> tuple[Tensor, ...]:
+    def _arguments(self, x: Tensor, values: Tensor, b: Tensor, c: Tensor) -> ScanArguments:
         """What the scan takes, in its order."""
         settings = self.settings
         wide = torch.promote_types(x.dtype, torch.float32)

@@ -31,7 +31,7 @@ def document_starts(seq: SequenceMeta) -> Tensor:
 
 
 def scan_flops(tokens: int, heads: int, size: int, groups: int, state: int, chunk: int) -> int:
-    """Multiply-adds x 2 of a forward scan over `tokens` of one row, as its matrix products count them: the last chunk is shorter."""
+    """Multiply-adds x 2 of a forward scan over one row of `tokens`, as its matrix products count them."""
     total = 0
     for q, chunks in ((chunk, tokens // chunk), (tokens % chunk, 1)):
         scores, mixing, states = q * q * groups * state, q * q * heads * size, 2 * q * heads * size * state
