@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -17,15 +18,27 @@ from lctrain.models.place import parameter_places
 
 def make_adamw(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
     """AdamW over two groups: what decays (see Place.decays), and what does not. The loop sets `lr` before every step."""
+    return _adamw([[model.get_parameter(name) for name in group] for group in _decaying_and_not(model)], config)
+
+
+def checkpoint_groups(model: nn.Module, config: OptimConfig) -> list[dict[str, Any]]:
+    """make_adamw's groups as checkpoints hold them, with names for parameters, for an engine whose AdamW is another."""
+    groups = _adamw([[nn.Parameter(torch.empty(1))], [nn.Parameter(torch.empty(1))]], config).param_groups
+    return [{**group, "params": names} for group, names in zip(groups, _decaying_and_not(model), strict=True)]
+
+
+def _decaying_and_not(model: nn.Module) -> tuple[list[str], list[str]]:
     places = parameter_places(model)
-    split: dict[bool, list[nn.Parameter]] = {True: [], False: []}
+    split: tuple[list[str], list[str]] = ([], [])
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            split[places[name].decays(parameter)].append(parameter)
-    groups = [
-        {"params": split[True], "weight_decay": config.weight_decay},
-        {"params": split[False], "weight_decay": 0.0},
-    ]
+            split[not places[name].decays(parameter)].append(name)
+    return split
+
+
+def _adamw(parameters: list[list[nn.Parameter]], config: OptimConfig) -> torch.optim.AdamW:
+    decay = (config.weight_decay, 0.0)
+    groups = [{"params": group, "weight_decay": rate} for group, rate in zip(parameters, decay, strict=True)]
     # A tensor step count and fused kernels: one pass over memory on CPU and CUDA alike.
     return torch.optim.AdamW(groups, lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps, fused=True)
 

@@ -6,7 +6,6 @@ whatever does not fit. Only checks that need nothing but the config live here; w
 
 from __future__ import annotations
 
-import math
 from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field, model_validator
@@ -14,6 +13,7 @@ from pydantic import Field, model_validator
 from lctrain.config.cluster import ClusterConfig
 from lctrain.config.latent_attention import LatentAttentionConfig
 from lctrain.config.mamba import LinearAttentionConfig, MambaConfig, check_layout
+from lctrain.config.model_parallel import check_model_parallel
 from lctrain.config.moe import MoeConfig, RoutedHeadsConfig
 from lctrain.config.rope import RopeConfig
 from lctrain.config.strict import Fraction, NonNegative, NonNegativeFloat, Positive, PositiveFloat, Strict
@@ -424,14 +424,12 @@ class TrainConfig(Strict):
             if name == "cp" or getattr(parallel, name) > 1
         )
         if processes % model:
-            others = processes // math.gcd(processes, tp * pp)
-            fits = [n for n in range(1, others + 1) if processes % (n * tp * pp) == 0]
-            can = (
-                f"parallel.cp can be {', '.join(map(str, fits))}"
-                if fits
-                else f"there is none for parallel.tp={tp} x parallel.pp={pp}"
+            fits = [n for n in range(1, processes + 1) if processes % (n * tp * pp) == 0]
+            can = f", or with {processes} processes parallel.cp to {', '.join(map(str, fits))}" if fits else ""
+            raise ValueError(
+                f"launcher.processes={processes} is not a multiple of {product};"
+                f" set launcher.processes to a multiple of {model}{can}"
             )
-            raise ValueError(f"launcher.processes={processes} is not a multiple of {product}; with {processes} processes {can}")
         if dp is not None and dp * model != processes:
             raise ValueError(f"parallel.dp={dp} x {product} is {dp * model}, but launcher.processes={processes}")
         stage = processes // pp
@@ -450,6 +448,7 @@ class TrainConfig(Strict):
                     f"parallel.{name}={degree} does not divide parallel.cp={cp}; it can be {', '.join(map(str, fits))}"
                 )
         dp = processes // model
+        check_model_parallel(self, dp)
         per_pass = dp * self.trainer.micro_batch
         if self.trainer.global_batch % per_pass:
             raise ValueError(

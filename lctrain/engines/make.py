@@ -11,6 +11,10 @@ from lctrain.parallel.mesh import MeshGroups, ProcessMesh
 
 def make_engine(config: TrainConfig, mesh: ProcessMesh, groups: MeshGroups, device: torch.device) -> Engine:
     """The engine that config.engine.name asks for. Collective."""
+    if config.engine.name == "megatron":
+        from lctrain.engines.megatron.engine import MegatronEngine
+
+        return MegatronEngine(config, mesh, groups, device)
     from lctrain.engines.torch_engine import TorchEngine
 
     return TorchEngine(config, mesh, groups, device)

@@ -22,8 +22,8 @@ def linear_cross_entropy(
         hidden: [N, d]. weight: [V, d]. labels: int64 [N], IGNORE where there is no target.
         chunk: tokens whose logits [chunk, V] exist at once.
         z_weight: adds z_weight * logsumexp(logits)^2 per target (Chowdhery et al. 2022).
-        group: ranks that divide the vocabulary: weight is this rank's [V / size, d], hidden and labels are the same on all. Results
-            are then equal on all ranks, and the gradient of hidden is this rank's part of a sum.
+        group: ranks that divide the vocabulary: weight is this rank's [V / size, d], hidden and labels are the same on all.
+            Results are then equal on all ranks, and the gradient of hidden is this rank's part of a sum.
 
     Returns:
         The objective (sum over targets, with z-loss; differentiable), and without gradient the sum of the cross-entropies

@@ -1,8 +1,8 @@
 """megatron-core's tensor-parallel linears and sequence-parallel mappings behind our layers' names, shapes and dtypes.
 
-megatron's tensors are [tokens, batch, d] and its sequence mappings divide dimension 0 evenly; ours are [batch, tokens, d], of any
-length. Weights may be wider than the activations (fp32 against bf16) and are cast for the product, as in lctrain.models.layers.
-Imported only with tp > 1, by lctrain.models.tensor_parallel.
+megatron's tensors are [tokens, batch, d] and its sequence mappings divide dimension 0 evenly; ours are [batch, tokens, d], of
+any length. Weights may be wider than the activations (fp32 against bf16) and are cast for the product, as in
+lctrain.models.layers. Imported only with tp > 1, by lctrain.models.tensor_parallel.
 """
 
 from __future__ import annotations

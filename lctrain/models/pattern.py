@@ -1,6 +1,9 @@
 """The pattern string: one symbol per residual sublayer, with repeats, parsed into layer specs.
 
-Grammar (a superset of megatron-core's hybrid pattern):  pattern = item+ ;  item = (symbol | "|" | "(" pattern ")") ["{" count "}"].
+Grammar (a superset of megatron-core's hybrid pattern):
+
+    pattern = item+ ;  item = (symbol | "|" | "(" pattern ")") ["{" count "}"]
+
 `|` is no sublayer: a pipeline stage ends there.
 """
 

@@ -2,8 +2,9 @@
 
 With one rank these are the plain layers. With more, megatron-core's linears hold each rank's part, under the same names
 (lctrain.models.megatron_layers, imported only then), and every tensor between sublayers is divided by tokens, [B, S, d] with
-S = ceil(T / tp): a sublayer normalises its S tokens, gathers all T once, works on its part of the heads or of the hidden width,
-and reduce-scatters the sum over ranks back to S tokens. The last ranks' padding, where tp does not divide T, ends at the gather.
+S = ceil(T / tp): a sublayer normalises its S tokens, gathers all T once, works on its part of the heads or of the hidden
+width, and reduce-scatters the sum over ranks back to S tokens. The last ranks' padding, where tp does not divide T, ends at
+the gather.
 """
 
 from __future__ import annotations
