@@ -100,7 +100,7 @@ class LatentAttention(nn.Module):
         """x [B, T, d_model] -> same shape."""
         rope = self.settings.rope
         turn = seq.once(("rotation", rope, self.rope_dim), lambda: rotation(rope, self.rope_dim, seq.positions))
-        x = gather_tokens(self.parallel, x, seq.positions.shape[1])
+        x = gather_tokens(self.parallel, x, seq)
         q, latent = self._queries(x, *turn), self._latent(x, *turn)
         weight = self.kv_up.weight.to(x.dtype)
         q, strategy = F.pad(q, (0, self.size - self.qk_dim)), seq.strategy("+")
