@@ -8,6 +8,8 @@ from collections.abc import Sequence
 import torch.distributed as dist
 from torch import Tensor
 
+_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # renamed in torch 2.13
+
 
 class RankGroup:
     """Rank, size and exchanges of a group of processes, with a count of every byte handed over.
@@ -59,7 +61,7 @@ class RankGroup:
             return tensor[None]
         self._count(kind, tensor.nbytes * (self.size - 1))
         gathered = tensor.new_empty(self.size * tensor.numel())
-        dist.all_gather_into_tensor(gathered, tensor.contiguous().flatten(), group=self.process_group)
+        _gather(gathered, tensor.contiguous().flatten(), group=self.process_group)
         return gathered.view(self.size, *tensor.shape)
 
     def all_to_all(self, kind: str, tensor: Tensor, send_rows: Sequence[int], receive_rows: Sequence[int]) -> Tensor:

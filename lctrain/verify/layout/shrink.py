@@ -10,7 +10,7 @@ from lctrain.config.schema import TrainConfig
 from lctrain.config.verify import LayoutVerifyConfig
 from lctrain.models.pattern import parse_pattern
 
-WIDTH, HEAD, MOST_HEADS, MOST_EXPERTS, VOCABULARY = 64, 8, 64, 16, 256
+WIDTH, HEAD, MOST_HEADS, MOST_EXPERTS, CHUNK, VOCABULARY = 64, 8, 64, 16, 16, 256
 Tree = dict[str, Any]
 
 
@@ -95,6 +95,20 @@ def _shrink_model(model: Tree, parallel: Tree, length: int) -> None:
     latent = model["latent_attention"]
     latent |= {"n_heads": min(latent["n_heads"], MOST_HEADS), "kv_lora_rank": 24, "q_lora_rank": latent["q_lora_rank"] and 16}
     latent |= {"qk_nope_head_dim": HEAD, "qk_rope_head_dim": HEAD, "v_head_dim": HEAD}
+    mamba, linear = model["mamba"], model["linear_attention"]
+    heads = max(1, 8 // mamba["n_groups"]) * mamba["n_groups"]
+    mamba |= {"d_inner": heads * HEAD, "head_dim": HEAD, "d_state": 2 * HEAD, "chunk": CHUNK}
+    linear |= {"n_heads": min(linear["n_heads"], MOST_HEADS), "head_dim": HEAD, "chunk": CHUNK}
+    _shrink_experts(model["moe"])
+
+
+def _shrink_experts(moe: Tree) -> None:
+    """Fewer experts where there are many, as long as groups and choices still have room."""
+    groups, router = moe["router"]["groups"], moe["router"]
+    least = max(moe["top_k"] * groups // router["top_groups"], 2 * groups, MOST_EXPERTS)
+    if moe["n_experts"] > least and least % groups == 0:
+        moe["n_experts"] = least
+    moe |= {"d_ff": WIDTH // 2, "shared_d_ff": min(moe["shared_d_ff"], WIDTH // 2)}
 
 
 def _short_pattern(pattern: str, parallel: Tree) -> str:
