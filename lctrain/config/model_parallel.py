@@ -23,6 +23,14 @@ def divided_by_tp(model: ModelConfig) -> dict[str, int]:
     parts = {"model.vocab_size": model.vocab_size}
     if symbols & {"*", "W"}:
         parts["model.attention.n_heads"] = model.attention.n_heads
+    if "+" in symbols:
+        parts["model.latent_attention.n_heads"] = model.latent_attention.n_heads
+    if "M" in symbols:
+        parts["model.mamba.n_groups"] = model.mamba.n_groups
+    if "L" in symbols:
+        parts["model.linear_attention.n_heads"] = model.linear_attention.n_heads
+    if "E" in symbols and model.moe.shared_d_ff:
+        parts["model.moe.shared_d_ff"] = model.moe.shared_d_ff
     if "-" in symbols:
         parts["model.mlp.d_ff"] = model.mlp.d_ff
     return parts

@@ -11,14 +11,19 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from lctrain.config.moe import BalanceConfig
 from lctrain.config.schema import (
     AttentionConfig,
     CorpusConfig,
     DataConfig,
     EngineConfig,
     LauncherConfig,
+    LatentAttentionConfig,
+    LinearAttentionConfig,
+    MambaConfig,
     MlpConfig,
     ModelConfig,
+    MoeConfig,
     OptimConfig,
     ParallelConfig,
     TrainConfig,
@@ -29,6 +34,8 @@ from lctrain.engines.make import make_engine
 from lctrain.launch.ranks import run_ranks
 
 VOCAB = 64
+MIXED = "*E-E"
+HYBRID = "ML+-"
 GLOBAL_BATCH = 6
 
 
@@ -41,6 +48,8 @@ class Case:
     pp: int = 1
     cp: int = 1
     dp: int = 1
+    ep: int = 1
+    etp: int = 1
     virtual_stages: int = 1
     distributed_optimizer: bool = True
     attention: str = "ring"
@@ -67,12 +76,26 @@ class Case:
                 tie_embeddings=self.tie,
                 attention=AttentionConfig(n_heads=4, n_kv_heads=self.kv_heads, window=20, qk_norm=True, bias=True, sinks=True),
                 mlp=MlpConfig(d_ff=48),
+                mamba=MambaConfig(head_dim=8, d_state=8, n_groups=2, chunk=16),
+                linear_attention=LinearAttentionConfig(n_heads=4),
+                latent_attention=LatentAttentionConfig(
+                    n_heads=4, q_lora_rank=16, kv_lora_rank=16, qk_nope_head_dim=8, qk_rope_head_dim=4, v_head_dim=8
+                ),
+                moe=MoeConfig(
+                    n_experts=4,
+                    d_ff=24,
+                    shared_d_ff=16,
+                    shared_gate=True,
+                    balance=BalanceConfig(switch=1e-2, z_loss=1e-3, bias_rate=1e-3),
+                ),
             ),
             data=DataConfig(corpora=(CorpusConfig(prefix="unused"),)),
             parallel=ParallelConfig(
                 tp=self.tp,
                 pp=self.pp,
                 cp=self.cp,
+                ep=self.ep,
+                etp=self.etp,
                 virtual_stages=self.virtual_stages,
                 attention=self.attention,
                 layout=self.layout,
@@ -185,6 +208,9 @@ def check(ours: dict[str, Any], theirs: dict[str, Any]) -> None:
     for name, moment in theirs["moments"].items():
         error = float((ours["moments"][name] - moment).norm() / moment.norm())
         assert error < 1e-4, f"{name}: {error:.1e}"
+    for name in theirs["results"][0].extra:
+        for mine, other in zip(ours["results"], theirs["results"], strict=True):
+            assert torch.allclose(torch.tensor(mine.extra[name]), torch.tensor(other.extra[name]), rtol=1e-2, atol=1e-4), name
     assert ours["groups"] == [{**group, "lr": mine["lr"]} for group, mine in zip(theirs["groups"], ours["groups"], strict=True)]
 
 
@@ -209,6 +235,15 @@ CASES = {
     "tp2 cp2, ulysses, one KV head": Case(tp=2, cp=2, attention="ulysses", kv_heads=1, tie=True),
     "tp2 dp2, tied": Case(tp=2, dp=2, tie=True),
     "pp2 dp2, tied, given cuts": Case(pp=2, dp=2, tie=True, pattern="*-|W-*-W-"),
+    "mixtures: one process": Case(pattern=MIXED),
+    "mixtures: tp2": Case(pattern=MIXED, tp=2),
+    "mixtures: pp2 ep2 dp2": Case(pattern=MIXED, pp=2, ep=2, dp=2),
+    "mixtures: tp2 cp2 ep4, plain optimizer": Case(pattern=MIXED, tp=2, cp=2, ep=4, distributed_optimizer=False),
+    "mixtures: tp2 pp2 ep2, interleaved": Case(pattern=MIXED, tp=2, pp=2, ep=2, virtual_stages=2),
+    "mixtures: tp2 etp2 dp2": Case(pattern=MIXED, tp=2, etp=2, dp=2),
+    "hybrid: tp2": Case(pattern=HYBRID, tp=2),
+    "hybrid: cp2 pp2": Case(pattern=HYBRID, cp=2, pp=2),
+    "hybrid: tp2 cp2": Case(pattern=HYBRID, tp=2, cp=2),
     "tp2 cp2 pp2": Case(tp=2, cp=2, pp=2, tie=True),
 }
 

@@ -31,6 +31,7 @@ from lctrain.models.build import build_model
 from lctrain.models.cuts import stage_layers
 from lctrain.models.init import initialise
 from lctrain.models.model import LossSums
+from lctrain.models.moe.stats import balancers, forget_statistics, gather_statistics, update_biases
 from lctrain.models.parallel import ModelParallel
 from lctrain.models.place import Family, Place, parameter_places
 from lctrain.models.tensor_parallel import shard_length
@@ -53,9 +54,10 @@ class MegatronEngine:
         self.config, self.mesh, self.groups, self.device = config, mesh, groups, device
         self.strategies = attention_strategies(config, device)
         self.model = build_model(config)
+        self._has_mixtures = bool(balancers(self.model))
         self.collection = group_collection(mesh, groups)
         self.megatron_config = _megatron_config(config, mesh, len(self.model.layers))
-        parallel = ModelParallel(groups.tp, groups.ep, groups.etp)
+        parallel = ModelParallel(groups.tp, groups.ep, groups.etp, groups.dp_cp)
         self.pieces = [
             Piece(config.model, DTYPES[config.engine.dtype], self._checkpointing, parallel, r) for r in self._ranges()
         ]
@@ -79,8 +81,9 @@ class MegatronEngine:
             for chunk in self.chunks:
                 chunk.zero_grad_buffer()
             self.optimizer.discard()
-            losses = self._run(batch.micro_batches, 1 / max(1, targets))
+            sums = self._run(batch.micro_batches, 1 / max(1, targets))
             self.grad_norm = self.optimizer.grad_norm()
+        losses = self._own_losses(sums, batch.micro_batches)
         total = torch.stack(losses).sum()
         if self.mesh.size > 1:
             dist.all_reduce(total)
@@ -88,7 +91,7 @@ class MegatronEngine:
         problem = None
         if not math.isfinite(loss) or not math.isfinite(self.grad_norm):
             problem = describe_problem(self.mesh, batch, losses, loss, self.grad_norm)
-        return StepResult(loss, self.grad_norm, problem)
+        return StepResult(loss, self.grad_norm, problem, self._statistics())
 
     def gradients(self) -> dict[str, Tensor]:
         """See Engine."""
@@ -98,25 +101,32 @@ class MegatronEngine:
         """See Engine."""
         with megatron_on_cpu():
             self.optimizer.update(lr, self.grad_norm)
+        for piece in self.pieces:
+            update_biases(piece)
+        self.discard()
 
     def discard(self) -> None:
         """See Engine."""
         self.optimizer.discard()
+        for piece in self.pieces:
+            forget_statistics(piece)
 
     @torch.no_grad()
     def evaluate(self, batches: Iterable[MicroBatch]) -> float:
         """See Engine."""
         totals = torch.zeros(2, dtype=torch.float64, device=self.device)
         copies = self.mesh.pp * self.mesh.cp * self.mesh.tp  # ranks that all count the targets of whole rows
-        per_pass = self.config.trainer.global_batch // (self.mesh.dp * self.config.trainer.micro_batch)
-        rest: Iterator[MicroBatch] = iter(batches)
-        while micro_batches := tuple(itertools.islice(rest, per_pass)):
-            with megatron_on_cpu():
-                totals[0] += torch.stack(self._run(micro_batches, 0.0, forward_only=True)).sum()
+        for micro_batches, sums in self._evaluated(batches):
+            totals[0] += torch.stack(self._own_losses(sums, micro_batches)).sum()
             totals[1] += sum(micro.targets for micro in micro_batches) / copies
         if self.mesh.size > 1:
             dist.all_reduce(totals)
         return float(totals[0] / totals[1]) if totals[1] else math.nan
+
+    @torch.no_grad()
+    def token_losses(self, batches: Iterable[MicroBatch]) -> list[Tensor]:
+        """See Engine."""
+        return [each.per_token for _, sums in self._evaluated(batches) for each in sums]
 
     def state(self) -> dict[str, Any]:
         """See Engine."""
@@ -146,7 +156,7 @@ class MegatronEngine:
         parameters, places = dict(piece.named_parameters()), parameter_places(piece)
         masters = {}
         for name, parameter in parameters.items():
-            if piece.dtype == torch.bfloat16 and places[name].family is not Family.STATE:
+            if piece.dtype == torch.bfloat16 and places[name].family not in (Family.STATE, Family.ROUTER):
                 masters[name] = parameter.data
                 parameter.data = parameter.data.to(piece.dtype)
         tied = self.config.model.tie_embeddings and self.mesh.pp > 1
@@ -176,15 +186,23 @@ class MegatronEngine:
         self.schedule = get_forward_backward_func(self.mesh.pp, len(self.chunks) if len(self.chunks) > 1 else None)
         self.communicator = P2PCommunicator(self.collection.pp, self.megatron_config)
 
-    def _run(self, micro_batches: tuple[MicroBatch, ...], weight: float, forward_only: bool = False) -> list[Tensor]:
+    def _evaluated(self, batches: Iterable[MicroBatch]) -> Iterator[tuple[tuple[MicroBatch, ...], list[LossSums]]]:
+        """Forward passes over as many micro-batches at a time as an optimizer step has: interleaving needs their number."""
+        per_pass = self.config.trainer.global_batch // (self.mesh.dp * self.config.trainer.micro_batch)
+        rest = iter(batches)
+        while micro_batches := tuple(itertools.islice(rest, per_pass)):
+            with megatron_on_cpu():
+                sums = self._run(micro_batches, 0.0, forward_only=True)
+            yield micro_batches, sums
+
+    def _run(self, micro_batches: tuple[MicroBatch, ...], weight: float, forward_only: bool = False) -> list[LossSums]:
         """All micro-batches through all stages, and back unless forward_only; the objective is multiplied by `weight`.
 
-        Returns each micro-batch's cross-entropy, fp64, on the ranks of the last stage that are first among those with equal
-        ones, and zeros elsewhere.
+        Returns each micro-batch's sums on the ranks of the last stage, nothing elsewhere.
         """
         rows, length = micro_batches[0].tokens.shape
         iterators = [iter(micro_batches) for _ in self.chunks]
-        losses = self.schedule(
+        sums: list[LossSums] = self.schedule(
             forward_step_func=partial(self._forward_step, weight),
             data_iterator=iterators if len(iterators) > 1 else iterators[0],
             model=self.chunks,
@@ -196,9 +214,27 @@ class MegatronEngine:
             p2p_communicator=self.communicator,
             pg_collection=self.collection,
         )
-        if losses and self.mesh.tp_rank == 0:
-            return list(losses)
+        return sums
+
+    def _own_losses(self, sums: list[LossSums], micro_batches: tuple[MicroBatch, ...]) -> list[Tensor]:
+        """Each micro-batch's cross-entropy, fp64, on the ranks that count it, and zeros on all others."""
+        if sums and self.mesh.tp_rank == 0:
+            return [each.cross_entropy for each in sums]
         return [torch.zeros((), dtype=torch.float64, device=self.device) for _ in micro_batches]
+
+    def _statistics(self) -> dict[str, Any]:
+        """Metrics of the mixtures of all stages, in the order of layers. Collective."""
+        own = [gather_statistics(piece, piece.parallel) for piece in self.pieces]
+        stages = [own]
+        if self.mesh.pp > 1 and self._has_mixtures:
+            stages = [[] for _ in range(self.mesh.pp)]
+            dist.all_gather_object(stages, own, group=self.collection.pp)
+        merged: dict[str, Any] = {}
+        for index in range(len(self.pieces)):
+            for stage in stages:
+                for name, values in stage[index].items():
+                    merged.setdefault(name, []).extend(values)
+        return merged
 
     def _forward_step(self, weight: float, micro_batches: Iterator[MicroBatch], chunk: DistributedDataParallel) -> Any:
         micro = next(micro_batches)
@@ -206,12 +242,22 @@ class MegatronEngine:
             x.to(self.device, non_blocking=True) for x in (micro.tokens, micro.labels, micro.positions)
         )
         share = tokens.shape[0] / self.config.trainer.global_batch  # of the micro-batch in the step
-        seq = SequenceMeta(micro.layout, self.groups.cp, positions, micro.borders, self.strategies, side_loss_scale=share)
+        seq = SequenceMeta(
+            micro.layout,
+            self.groups.cp,
+            positions,
+            micro.borders,
+            self.strategies,
+            side_loss_scale=share,
+            samples=micro.samples,
+            tasks=micro.tasks,
+        )
         output = chunk(tokens, labels, seq)
         if not isinstance(output, LossSums):
             return output, None
         nothing = torch.zeros((), dtype=torch.int, device=self.device)  # no token count: the loop knows it already
-        return output.objective, lambda objective: (objective * weight, nothing, output.cross_entropy.detach())
+        sums = LossSums(*(part.detach() for part in output))
+        return output.objective, lambda objective: (objective * weight, nothing, sums)
 
 
 def _finalize(chunks: list[DistributedDataParallel], _tokens: Tensor | None, pg_collection: Any, **_: Any) -> None:

@@ -31,12 +31,18 @@ class EngineState:
             place = self.engine.places[name]
             model[name] = self._described(tensors.pop("main"), place)
             optimizer[name] = {key: self._described(x, place) if x.dim() else x for key, x in tensors.items()}
+        for piece in self.engine.pieces:
+            model.update(piece.named_buffers())
         groups = checkpoint_groups(self.engine.model, self.engine.config.optim)
         return {"model": model, "optimizer": {"state": optimizer, "param_groups": groups}}
 
     def load(self, state: dict[str, Any]) -> None:
         """See Engine."""
+        buffers = {name: buffer for piece in self.engine.pieces for name, buffer in piece.named_buffers()}
         for name, main in state["model"].items():
+            if name in buffers:
+                buffers[name].copy_(main)
+                continue
             moments = state["optimizer"]["state"][name]
             self.engine.optimizer.set(name, {key: _own(x) for key, x in {"main": main, **moments}.items()})
 
