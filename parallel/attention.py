@@ -59,7 +59,7 @@ def sequence_parallel_attention(
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     size = strategy.group_size(group.size, k.shape[2])
     if size == 1:
-        return _scheduled(q, sinks, layout, mask, group, group.rank, strategy, scale, HeadKeys, k, v)
+        return _scheduled(q, sinks, layout, mask, group, group.rank, strategy, scale, k.shape[2], HeadKeys, k, v)
     grouped = strategy.grouped(layout, k.shape[2])
     index = next(i for i, members in enumerate(grouped.groups) if group.rank in members)
     exchange = HeadExchange(group, grouped, index, split_heads(q.shape[2], k.shape[2], size))
@@ -71,7 +71,9 @@ def sequence_parallel_attention(
     if q_heads.shape[2]:
         between = group.across([members[exchange.me] for members in grouped.groups])
         own_sinks = None if sinks is None else sinks[heads]
-        out, lse = _scheduled(q_heads, own_sinks, grouped, mask, between, index, strategy, scale, HeadKeys, k_heads, v_heads)
+        out, lse = _scheduled(
+            q_heads, own_sinks, grouped, mask, between, index, strategy, scale, k_heads.shape[2], HeadKeys, k_heads, v_heads
+        )
     else:  # more ranks than heads: this one only takes part in the exchange
         wide = accumulation_dtype(q.dtype)
         out, lse = q_heads, q_heads.new_empty(q.shape[0], 0, q_heads.shape[1], dtype=wide)
@@ -120,7 +122,7 @@ def sequence_parallel_latent_attention(
     make_keys = partial(LatentKeys, expand=expand)
     size = strategy.group_size(group.size, heads)
     if size == 1:
-        out, _ = _scheduled(q, None, layout, mask, group, group.rank, strategy, scale, make_keys, latent, weight)
+        out, _ = _scheduled(q, None, layout, mask, group, group.rank, strategy, scale, 1, make_keys, latent, weight)
         return out
     grouped = strategy.grouped(layout, heads)
     index = next(i for i, members in enumerate(grouped.groups) if group.rank in members)
@@ -131,7 +133,7 @@ def sequence_parallel_latent_attention(
         between = group.across([members[exchange.me] for members in grouped.groups])
         own = weight.unflatten(0, (heads, -1))[slice(*split.q[exchange.me])].flatten(0, 1)
         sources = latents.squeeze(2), own
-        out, _ = _scheduled(q_heads, None, grouped, mask, between, index, strategy, scale, make_keys, *sources)
+        out, _ = _scheduled(q_heads, None, grouped, mask, between, index, strategy, scale, 1, make_keys, *sources)
     else:  # more ranks than heads: nothing to compute, but the weight's gradient must exist (and be 0) on every rank
         out = q_heads + 0 * weight.sum()
     return ToTokens.apply(out, exchange)
@@ -146,11 +148,11 @@ def _scheduled(
     rank: int,
     strategy: Strategy,
     scale: float,
+    kv_heads: int,
     make_keys: Callable[..., Keys],
     *sources: Tensor,
 ) -> tuple[Tensor, Tensor]:
     name, node = strategy.schedule_name(), strategy.node_size(placement.world_size)
-    kv_heads = sources[0].shape[2] if make_keys is HeadKeys else 1
     plans = tuple(make_plan(name, placement, mask, rank, way, kv_heads, node) for way in ("forward", "backward"))
     return ScheduledAttention.apply(q, sinks, plans, group, scale, make_keys, *sources)
 

@@ -63,8 +63,8 @@ class ScheduledAttention(torch.autograd.Function):
         dout = upstream[0].to(q.dtype)
         dq = whole = None
         if ctx.plan.whole is not None:
-            own = keys.own(slice(None))
-            found = fused.backward_whole(dout, q, *own, out, lse, ctx.plan.whole.band, ctx.scale)
+            k, v = keys.own(slice(None))
+            found = fused.backward_whole(dout, q, k, v, out, lse, ctx.plan.whole.band, ctx.scale)
             if found is not None:
                 dq, whole = found[0], (found[1], found[2])
         if dq is None:

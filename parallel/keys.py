@@ -20,10 +20,13 @@ Expand = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 class Keys(Protocol):
     """One rank's keys and values in one direction of one layer. A packed tensor is [tokens, B, slots, heads, size]."""
 
-    n_kv_heads: int
-    """Heads that a schedule may split."""
-    latent: int | None
-    """Entries per token of what travels, if that is not keys and values."""
+    @property
+    def n_kv_heads(self) -> int:
+        """Heads that a schedule may split."""
+
+    @property
+    def latent(self) -> int | None:
+        """Entries per token of what travels, if that is not keys and values."""
 
     def own(self, heads: slice) -> tuple[Tensor, Tensor]:
         """This rank's k, v [B, T, heads, D]."""
@@ -50,7 +53,7 @@ class Keys(Protocol):
 class HeadKeys:
     """k, v [B, T, Hkv, D]."""
 
-    latent = None
+    latent: int | None = None
 
     def __init__(self, k: Tensor, v: Tensor, wide: torch.dtype) -> None:
         self.k, self.v, self.wide, self.n_kv_heads = k, v, wide, k.shape[2]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +14,7 @@ from lctrain.config.rope import RopeConfig
 from lctrain.config.schema import AttentionConfig, ModelConfig
 from lctrain.kernels.attention import reference
 from lctrain.models.attention import Attention
+from lctrain.models.layers import RMSNorm
 from lctrain.models.rope import rotation
 from lctrain.parallel.mask import AttentionMask
 from lctrain.verify.blocks.compare import (
@@ -82,10 +84,9 @@ def turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat([left * cos - right * sin, right * cos + left * sin], dim=-1)
 
 
-def _linear(module: torch.nn.Module, x: Tensor) -> Tensor:
-    bias = module.bias
-    return F.linear(x, module.weight.double(), None if bias is None else bias.double())  # type: ignore[operator, union-attr]
+def _linear(module: Any, x: Tensor) -> Tensor:
+    return F.linear(x, module.weight.double(), None if module.bias is None else module.bias.double())
 
 
-def _rms(x: Tensor, norm: torch.nn.Module) -> Tensor:
-    return x * (x.square().mean(-1, keepdim=True) + 1e-5).rsqrt() * norm.weight.double()  # type: ignore[operator]
+def _rms(x: Tensor, norm: RMSNorm) -> Tensor:
+    return x * (x.square().mean(-1, keepdim=True) + 1e-5).rsqrt() * norm.weight.double()
