@@ -50,8 +50,8 @@ class CheckpointStore:
     def save(self, step: int, state: State, meta: dict[str, Any]) -> Path:
         """Write a checkpoint and return its folder; one of the same step is replaced.
 
-        state: nested dict of tensors, DTensors and JSON values. A plain tensor that several ranks hold under one name must be
-            equal on them and is written once; values are rank 0's.
+        state: nested dict of tensors, DTensors and JSON values; ranks may have different tensors. A plain tensor that several
+            ranks hold under one name must be equal on them and is written once; values are rank 0's.
         meta: JSON values that `load` gives back.
         UserError on every rank if any of them cannot write; the checkpoints that were there are then untouched.
         """
@@ -112,13 +112,13 @@ class CheckpointStore:
         path = Path(path)
         manifest = from_rank_0(lambda: self._verified_manifest(path))
         tensors, values = tensors_of(state), values_of(state)
+        known = {name for names in gather([*tensors, *values]) for name in names}  # pipeline stages have some each
 
         def select() -> dict[str, torch.Tensor]:
             stored = stored_names(path)
             wanted = {name: tensor for name, tensor in tensors.items() if name in stored or not name.startswith(f"{RNG}/")}
             check_tensors(path, wanted)
-            parts = {name.partition("/")[0] for name in (*wanted, *values)} - {RNG}
-            known = {*tensors, *values}
+            parts = {name.partition("/")[0] for name in known} - {RNG}
             for name in sorted({*stored, *manifest["values"]}):
                 if name.partition("/")[0] in parts and name not in known:
                     raise UserError(f"checkpoint {path} has {name}, which the config does not make: use the config of its run")
