@@ -324,6 +324,8 @@ def _gradients(problem: _Problem, B: Tensor, C: Tensor, D: Tensor | None, dy: Te
         else:
             assert ddt is not None
             steps = dt_all[:, tokens].unflatten(1, (-1, q))
+            # Nothing passes such a token; what rounding left of it would be multiplied with its large step.
+            dgrowth.masked_fill_(steps * problem.A < _SMALLEST[wide] * math.log(2), 0.0)
             dA += (dgrowth * steps).sum((0, 1, 2))
             ddt[:, tokens] = ((x * dv).sum(-1) + dgrowth * problem.A.double()).flatten(1, 2).to(ddt.dtype)
             dv *= steps.to(wide).unsqueeze(-1)

@@ -32,5 +32,5 @@ def ssd(
         decay = (steps[:, t] * A).exp()[..., None, None]
         state = decay * state + (steps[:, t, :, None] * x[:, t]).unsqueeze(-1) * B[:, t].unsqueeze(-2)
         out.append((state * C[:, t].unsqueeze(-2)).sum(-1))
-    y = torch.stack(out, dim=1) if out else torch.zeros_like(x)
+    y = torch.stack(out, dim=1) if out else x.clone()
     return (y if D is None else y + D[:, None] * x), state

@@ -82,7 +82,7 @@ class LinearAttention(nn.Module):
         return self._finish(y, x)
 
     def flops(self, documents: tuple[Borders, ...]) -> int:
-        """Multiply-adds x 2 of one forward pass over whole sequences with these documents, of which only their sum counts."""
+        """Multiply-adds x 2 of one forward pass over whole sequences with these documents; see Mamba2.flops."""
         per_token = sum(m.weight.numel() for m in (self.q, self.k, self.v, self.gate, self.out))
         sizes = (self.heads, self.head_dim, self.heads, self.head_dim, self.settings.chunk)
         return sum(2 * row[-1] * per_token + scan_flops(row[-1], *sizes) for row in documents)

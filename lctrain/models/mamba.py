@@ -124,10 +124,9 @@ class Mamba2(nn.Module):
     def flops(self, documents: tuple[Borders, ...]) -> int:
         """Multiply-adds x 2 of one forward pass over whole sequences with these documents, of which only their sum counts.
 
-        The scan as it is computed, chunk by chunk, masked entries included.
+        Matrix products only, those of the scan as it computes them, chunk by chunk, masked entries included.
         """
-        linears = (self.z, self.x, self.B, self.C, self.dt, self.out)
-        per_token = sum(m.weight.numel() for m in linears) + sum(conv.weight.numel() for conv in self._convs)
+        per_token = sum(m.weight.numel() for m in (self.z, self.x, self.B, self.C, self.dt, self.out))
         sizes = (self.heads, self.settings.head_dim, self.groups, self.settings.d_state, self.settings.chunk)
         return sum(2 * row[-1] * per_token + scan_flops(row[-1], *sizes) for row in documents)
 
