@@ -11,14 +11,15 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from lctrain.checkpoint.store import CheckpointStore
 from lctrain.config.moe import BalanceConfig
 from lctrain.config.schema import (
     AttentionConfig,
     CorpusConfig,
     DataConfig,
     EngineConfig,
-    LauncherConfig,
     LatentAttentionConfig,
+    LauncherConfig,
     LinearAttentionConfig,
     MambaConfig,
     MlpConfig,
@@ -29,9 +30,12 @@ from lctrain.config.schema import (
     TrainConfig,
     TrainerConfig,
 )
-from lctrain.engines.base import StepResult, train_step
+from lctrain.data.batch import StepBatch
+from lctrain.engines.base import Engine, StepResult, train_step
 from lctrain.engines.make import make_engine
+from lctrain.engines.megatron import engine as _imported_before_ranks_are_forked  # noqa: F401
 from lctrain.launch.ranks import run_ranks
+from lctrain.parallel.mesh import ProcessMesh
 
 VOCAB = 64
 MIXED = "*E-E"
@@ -122,11 +126,15 @@ def whole(tensor: Tensor) -> Tensor:
     return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().clone()
 
 
-def train_steps(rank: int, size: int, case: Case, make_batch: Callable, steps: int) -> dict[str, Any]:
-    """Results, first gradients, and this rank's (whole) weights and moments after the last step; evaluation before."""
+def make(case: Case, rank: int, size: int) -> tuple[Engine, ProcessMesh]:
     config = case.config()
     mesh = config.mesh(rank, size)
-    engine = make_engine(config, mesh, mesh.make_groups(), torch.device("cpu"))
+    return make_engine(config, mesh, mesh.make_groups(), torch.device("cpu")), mesh
+
+
+def train_steps(rank: int, size: int, case: Case, make_batch: Callable, steps: int) -> dict[str, Any]:
+    """Results, first gradients, and this rank's (whole) weights and moments after the last step; evaluation before."""
+    engine, mesh = make(case, rank, size)
     results: list[StepResult] = []
     gradients: dict[str, Tensor] = {}
     evaluation = engine.evaluate(make_batch(case, mesh, 7).micro_batches)
@@ -153,7 +161,7 @@ def train_steps(rank: int, size: int, case: Case, make_batch: Callable, steps: i
     }
 
 
-def count_targets(batch: Any, mesh: Any) -> int:
+def count_targets(batch: StepBatch, mesh: ProcessMesh) -> int:
     targets = torch.tensor(
         sum(micro.targets for micro in batch.micro_batches) * (mesh.cp_rank + mesh.tp_rank + mesh.pp_rank == 0)
     )
@@ -253,3 +261,63 @@ def test_equal_to_the_torch_engine(outcome, name: str) -> None:
     case = CASES[name]
     reference = dataclasses.replace(case.reference(), pattern=case.pattern.replace("|", ""))
     check(outcome(case), outcome(reference))
+
+
+def save_after(rank: int, size: int, case: Case, make_batch: Callable, folder: str) -> None:
+    """Two steps, then a checkpoint."""
+    engine, mesh = make(case, rank, size)
+    for step in range(2):
+        batch = make_batch(case, mesh, step)
+        train_step(engine, batch, count_targets(batch, mesh), 1e-3)
+    CheckpointStore(folder, 1).save(2, engine.state(), {"saved by": case.engine})
+
+
+def continue_from(rank: int, size: int, case: Case, make_batch: Callable, folder: str) -> list[StepResult]:
+    """The checkpoint, then two more steps."""
+    engine, mesh = make(case, rank, size)
+    state = engine.state()
+    store = CheckpointStore(folder, 1)
+    assert store.load(store.newest_verified(), state)["saved by"]
+    engine.load_state(state)
+    results = []
+    for step in range(2, 4):
+        batch = make_batch(case, mesh, step)
+        results.append(train_step(engine, batch, count_targets(batch, mesh), 1e-3))
+    return results
+
+
+CONTINUED = {
+    "torch, then tp2 pp2": (Case("torch", tie=True), Case(tp=2, pp=2, tie=True)),
+    "tp2 pp2, then torch": (Case(tp=2, pp=2, tie=True), Case("torch", tie=True)),
+    "mixtures: torch dp2 ep2, then tp2 cp2 ep4": (
+        Case("torch", dp=2, ep=2, pattern=MIXED),
+        Case(tp=2, cp=2, ep=4, pattern=MIXED),
+    ),
+    "mixtures: tp2 cp2 ep4, then pp2 dp2, plain optimizer": (
+        Case(tp=2, cp=2, ep=4, pattern=MIXED),
+        Case(pp=2, dp=2, pattern=MIXED, distributed_optimizer=False),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CONTINUED)
+def test_a_checkpoint_goes_on_under_another_engine_and_grid(outcome, world, name: str, tmp_path) -> None:
+    before, after = CONTINUED[name]
+    run_ranks(save_after, before.size, before, world["make_batch"], str(tmp_path))
+    continued = run_ranks(continue_from, after.size, after, world["make_batch"], str(tmp_path))[0]
+    for ours, theirs in zip(continued, outcome(after.reference(), 4)["results"][2:], strict=True):
+        assert ours.loss == pytest.approx(theirs.loss, abs=1e-5)
+        assert ours.grad_norm == pytest.approx(theirs.grad_norm, rel=1e-5)
+
+
+def test_half_precision_stays_near_one_process(outcome) -> None:
+    """Weights are bf16 and main weights fp32: what differs from one process is rounding, and not the initial weights."""
+    theirs = outcome(Case("torch", dtype="bf16"))
+    for case in (Case(tp=2, pp=2, dtype="bf16"), Case(dp=2, dtype="bf16", distributed_optimizer=False)):
+        ours = outcome(case)
+        for mine, other in zip(ours["results"], theirs["results"], strict=True):
+            assert mine.loss == pytest.approx(other.loss, abs=2e-3)
+            assert mine.grad_norm == pytest.approx(other.grad_norm, rel=2e-2)
+        for name, weight in theirs["weights"].items():
+            assert weight.dtype == ours["weights"][name].dtype == torch.float32
+            assert float((ours["weights"][name] - weight).abs().max()) < 4e-3, name
