@@ -21,7 +21,7 @@ def exchange_rows(x: Tensor, group: RankGroup, kind: str, send_rows: Sequence[in
     """RankGroup.all_to_all with a gradient, which travels the other way round."""
     if group.size == 1:
         return x
-    return _ExchangeRows.apply(x, group, kind, tuple(send_rows), tuple(receive_rows))  # type: ignore[no-any-return]
+    return _ExchangeRows.apply(x, group, kind, tuple(send_rows), tuple(receive_rows))
 
 
 class _ExchangeRows(torch.autograd.Function):
@@ -83,7 +83,7 @@ class Dispatch:
         if self.etp.size > 1:  # every slice of an expert sees all of its tokens
             mine = [len(rows)] * self.etp.size
             rows = exchange_rows(rows.repeat(self.etp.size, 1), self.etp, "token_slices", mine, self.slice_rows)
-        return _Reorder.apply(rows, self.order, _inverse(self.order))  # type: ignore[no-any-return]
+        return _Reorder.apply(rows, self.order, _inverse(self.order))
 
     def from_experts(self, rows: Tensor) -> Tensor:
         """The way back; what the slices of an expert give is added up, in fp32 or wider. Collective."""

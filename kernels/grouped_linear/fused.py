@@ -25,12 +25,12 @@ def grouped_linear(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
     Returns:
         [M, N] in x's dtype; rows from ends[-1] on are 0.
     """
-    return _GroupedLinear.apply(x, weight, ends)  # type: ignore[no-any-return]
+    return _GroupedLinear.apply(x, weight, ends)
 
 
 def grouped_swiglu_linear(gate: Tensor, up: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
     """grouped_linear of silu(gate) * up, keeping only gate and up [M, K] for backward (see kernels.swiglu)."""
-    return _GroupedSwigluLinear.apply(gate, up, weight, ends)  # type: ignore[no-any-return]
+    return _GroupedSwigluLinear.apply(gate, up, weight, ends)
 
 
 class _GroupedLinear(torch.autograd.Function):

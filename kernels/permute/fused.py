@@ -45,7 +45,7 @@ def permutation(experts: Tensor, n_experts: int, kept: Tensor | None = None) -> 
 
 def spread(x: Tensor, order: Permutation) -> Tensor:
     """The tokens' rows x [T, d] in the order of experts: [M, d]. Gradients of a token's rows are added in fp32 or wider."""
-    return _Spread.apply(x, order.tokens, order.places)  # type: ignore[no-any-return]
+    return _Spread.apply(x, order.tokens, order.places)
 
 
 def combine(y: Tensor, order: Permutation, weights: Tensor) -> Tensor:
@@ -57,7 +57,7 @@ def combine(y: Tensor, order: Permutation, weights: Tensor) -> Tensor:
     Returns:
         [T, d] in y's dtype; 0 for a token all of whose choices were dropped.
     """
-    return _Combine.apply(y, order.places, order.slots, weights)  # type: ignore[no-any-return]
+    return _Combine.apply(y, order.places, order.slots, weights)
 
 
 class _Spread(torch.autograd.Function):

@@ -10,11 +10,12 @@ from lctrain.kernels.attention import fused
 from lctrain.kernels.attention.band import Band
 from lctrain.kernels.attention.merge import add_sinks
 from lctrain.kernels.rotary.fused import rotate
+from lctrain.models.head_routing import HeadRouter
 from lctrain.models.layers import RMSNorm
 from lctrain.models.parallel import ModelParallel
 from lctrain.models.place import Place
 from lctrain.models.rope import rotation
-from lctrain.models.tensor_parallel import column_linear, gather_tokens, heads_linear, row_linear, shared
+from lctrain.models.tensor_parallel import column_linear, gather_tokens, heads_linear, row_linear
 from lctrain.models.token_cache import TokenCache
 from lctrain.parallel.mask import AttentionMask, Borders
 from lctrain.parallel.sequence import SequenceMeta
@@ -39,7 +40,8 @@ class KeyValueCache:
 class Attention(nn.Module):
     """Causal self-attention within documents, over a sequence that may be spread over ranks.
 
-    Tensor-parallel ranks divide the query heads; each has the key/value heads that those need.
+    Tensor-parallel ranks divide the query heads; each has the key/value heads that those need. With routed heads, what every
+    head gives is weighted for each token by itself (see HeadRouter).
     """
 
     def __init__(self, config: ModelConfig, windowed: bool, parallel: ModelParallel | None = None) -> None:
@@ -58,6 +60,8 @@ class Attention(nn.Module):
         self.q_norm = RMSNorm(self.head_dim, config.norm_eps, parallel) if settings.qk_norm else None
         self.k_norm = RMSNorm(self.head_dim, config.norm_eps, parallel) if settings.qk_norm else None
         self.sinks = nn.Parameter(torch.empty(heads // parallel.tp.size)) if settings.sinks else None
+        routed = settings.routed_heads
+        self.head_router = HeadRouter(d_model, heads, routed, parallel) if routed is not None else None
 
     def places(self) -> dict[str, Place]:
         """See Place."""
@@ -65,10 +69,14 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, seq: SequenceMeta) -> Tensor:
         """x [B, T, d_model] -> same shape."""
+        weights = None
+        if self.head_router is not None:
+            own = gather_tokens(self.parallel, self.head_router(x, seq), seq).chunk(self.parallel.tp.size, dim=-1)
+            weights = own[self.parallel.tp.rank]
         x = gather_tokens(self.parallel, x, seq)
         turn = seq.once(("rotation", self.rope, self.head_dim), lambda: rotation(self.rope, self.head_dim, seq.positions))
         q, k, v = self._project(x, *turn)
-        return self.out(seq.attend(q, k, v, self.window, self.sinks).flatten(2))
+        return self.out(_weighted(seq.attend(q, k, v, self.window, self.sinks), weights).flatten(2))
 
     def new_state(self) -> KeyValueCache:
         """State for `decode`."""
@@ -86,7 +94,8 @@ class Attention(nn.Module):
         mixed, lse, _ = fused.forward(q, k, v, band, self.head_dim**-0.5)
         if self.sinks is not None:
             mixed, _ = add_sinks(mixed, lse, self.sinks)
-        return self.out(mixed.to(x.dtype).flatten(2))
+        weights = None if self.head_router is None else self.head_router.decode(x)
+        return self.out(_weighted(mixed.to(x.dtype), weights).flatten(2))
 
     def flops(self, documents: tuple[Borders, ...]) -> int:
         """Multiply-adds x 2 of one forward pass over whole sequences with these documents, live score entries only."""
@@ -94,6 +103,7 @@ class Attention(nn.Module):
         tokens = sum(borders[-1] for borders in documents)
         mask = AttentionMask(documents, causal=True, window=self.window)
         products = sum(p.numel() for p in (self.q.weight, self.k.weight, self.v.weight, self.out.weight))
+        products += 0 if self.head_router is None else sum(p.numel() for p in self.head_router.parameters())
         return 2 * tokens * products + 4 * self.q.weight.shape[0] * mask.total_entries(length)
 
     def _project(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -103,3 +113,8 @@ class Attention(nn.Module):
         if not self.rotary:
             return q, k, v
         return rotate(q, cos, sin), rotate(k, cos, sin), v
+
+
+def _weighted(mixed: Tensor, weights: Tensor | None) -> Tensor:
+    """Heads' outputs [B, T, H, D] times their weights [B, T, H]."""
+    return mixed if weights is None else mixed * weights.unsqueeze(-1).to(mixed.dtype)

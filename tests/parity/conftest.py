@@ -134,7 +134,9 @@ def make_batch(setup: Setup, mesh: ProcessMesh, step: int, change: Callable[[int
             layout.shard(x, mesh.cp_rank, 1, pad)
             for x, pad in ((tokens, 0), (labels, IGNORE), (document_positions(borders, setup.length), 0))
         )
-        spans = tuple(tuple(DocumentSpan(0, 100 * sample + i, 0) for i in range(len(borders[0]) - 1)) for sample in samples)
+        spans = tuple(
+            tuple(DocumentSpan(0, 100 * sample + i, 0) for i in range(len(rows[sample][1]) - 1)) for sample in samples
+        )
         micro_batches.append(
             MicroBatch(tokens, shifted, positions, borders, layout, count_targets(labels), tuple(samples), spans)
         )

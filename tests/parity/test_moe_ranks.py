@@ -167,7 +167,7 @@ GRIDS = [
 
 @pytest.mark.parametrize("grid", GRIDS, ids=str)
 def test_equal_to_one_process(grid: Grid) -> None:
-    """Micro-batches of one sequence each; the global-batch loss, whose unit is a pass over all ranks, only where passes agree."""
+    """Micro-batches of one sequence each; the global-batch loss only where passes over all ranks agree."""
     fields = EVERYTHING if grid.dp == 1 else {**EVERYTHING, "balance": BALANCE}
     fields = {**fields, "d_ff": 12, "n_experts": 8}
     one, many = run(Grid(), fields), run(grid, fields)

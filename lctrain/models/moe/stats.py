@@ -51,7 +51,7 @@ class Balancer(nn.Module):
         if loss is not None:
             x = inject(x, loss * seq.side_loss_scale)
         sharing = seq.group.size * self.parallel.tp.size
-        return _Collect.apply(x, self._sums(routing, kept, loss, sharing), self)  # type: ignore[no-any-return]
+        return _Collect.apply(x, self._sums(routing, kept, loss, sharing), self)
 
     def add(self, sums: Tensor) -> None:
         """One forward pass's sums, fp64 [n_experts + 5]."""
@@ -78,7 +78,7 @@ class _Collect(torch.autograd.Function):
         return x.view_as(x)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         ctx.balancer.add(ctx.sums)
         return grad, None, None
 

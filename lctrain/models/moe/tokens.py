@@ -39,11 +39,15 @@ class Tokens:
 
     def to(self, device: torch.device) -> Tokens:
         """The same on a device; `lengths` stays where it can be read at no cost."""
-        moved = {
-            name: None if tensor is None else tensor.to(device)
-            for name, tensor in ((field.name, getattr(self, field.name)) for field in dataclasses.fields(self))
-        }
-        return Tokens(**{**moved, "lengths": self.lengths})  # type: ignore[arg-type]
+        return Tokens(
+            None if self.real is None else self.real.to(device),
+            self.rows.to(device),
+            self.positions.to(device),
+            self.documents.to(device),
+            self.tasks.to(device),
+            self.samples.to(device),
+            self.lengths,
+        )
 
 
 def local_tokens(seq: SequenceMeta, length: int, part: int, device: torch.device) -> Tokens:
@@ -59,7 +63,7 @@ def local_tokens(seq: SequenceMeta, length: int, part: int, device: torch.device
 def _local_tokens(seq: SequenceMeta, length: int, part: int) -> Tokens:
     at = seq.layout.indices(seq.group.rank)[part * length : (part + 1) * length]
     at = F.pad(at, (0, length - len(at)), value=seq.layout.padded_length)
-    found: list[tuple[Tensor, ...]] = []
+    found: list[tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]] = []
     lengths: list[int] = []
     for row, borders in enumerate(seq.documents):
         local = (at < borders[-1]).nonzero().flatten()
@@ -79,6 +83,7 @@ def _local_tokens(seq: SequenceMeta, length: int, part: int) -> Tokens:
             )
         )
         lengths += [end - start for start, end in itertools.pairwise(borders)]
-    real, *others = (torch.cat(parts) for parts in zip(*found, strict=True))
+    real, in_row, at_position, in_document, of_task, of_sample = (torch.cat(parts) for parts in zip(*found, strict=True))
     whole = len(real) == length * len(seq.documents)
-    return Tokens(None if whole else real, *others, torch.tensor(lengths, dtype=torch.int64))
+    totals = torch.tensor(lengths, dtype=torch.int64)
+    return Tokens(None if whole else real, in_row, at_position, in_document, of_task, of_sample, totals)
