@@ -73,15 +73,6 @@ class MambaConfig(Strict):
                 f" it can be {', '.join(map(str, fits))}"
             )
 
-    def check_run(self, tp: int) -> None:
-        """ValueError if tensor-parallel ranks cannot divide the groups (and with them the heads)."""
-        if self.n_groups % tp:
-            fits = [n for n in range(1, self.n_groups + 1) if self.n_groups % n == 0]
-            raise ValueError(
-                f"parallel.tp={tp} does not divide mamba.n_groups={self.n_groups}, by which M layers are cut;"
-                f" parallel.tp can be {', '.join(map(str, fits))}"
-            )
-
 
 class LinearAttentionConfig(Strict):
     """Linear attention whose heads forget at a constant rate each (Lightning Attention-2, arXiv 2401.04658; RetNet)."""
@@ -109,16 +100,11 @@ class LinearAttentionConfig(Strict):
             )
 
     def check_run(self, tp: int) -> None:
-        """ValueError if tensor-parallel ranks cannot divide the heads."""
-        if self.n_heads % tp:
-            fits = [n for n in range(1, self.n_heads + 1) if self.n_heads % n == 0]
-            raise ValueError(
-                f"parallel.tp={tp} does not divide linear_attention.n_heads={self.n_heads};"
-                f" parallel.tp can be {', '.join(map(str, fits))}"
-            )
+        """ValueError if the norm cannot be divided over tensor-parallel ranks."""
         if tp > 1 and self.norm == "whole":
             raise ValueError(
-                f"linear_attention.norm=whole needs all heads on one rank: use norm=head, or parallel.tp=1, not {tp}"
+                "linear_attention.norm=whole needs all heads on one rank:"
+                f" set linear_attention.norm=head, or parallel.tp=1 instead of {tp}"
             )
 
 

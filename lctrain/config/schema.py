@@ -384,8 +384,6 @@ class TrainConfig(Strict):
     def _check(self) -> TrainConfig:
         self.check_layout(self.launcher.processes)
         check_layout(set(self.model.pattern), self.parallel.layout, self.parallel.cp)
-        if "M" in self.model.pattern:
-            self.model.mamba.check_run(self.parallel.tp)
         if "L" in self.model.pattern:
             self.model.linear_attention.check_run(self.parallel.tp)
         if "E" in self.model.pattern:

@@ -203,8 +203,10 @@ def test_merging_stretches_is_associative(parts):
 def test_call_of_mamba_ssm(monkeypatch):
     """Its kernel needs a GPU: a stand-in with its signature shows that our arguments mean to it what they mean to us."""
 
-    def mamba_chunk_scan_combined(x, dt, A, B, C, chunk_size, D=None, z=None, dt_bias=None, initial_states=None, seq_idx=None,
-                                  cu_seqlens=None, dt_softplus=False, dt_limit=(0.0, float("inf")), return_final_states=False):  # fmt: skip
+    def mamba_chunk_scan_combined(
+        x, dt, A, B, C, chunk_size, D=None, z=None, dt_bias=None, initial_states=None, seq_idx=None,
+        cu_seqlens=None, dt_softplus=False, dt_limit=(0.0, float("inf")), return_final_states=False,
+    ):  # fmt: skip
         assert (z, dt_bias, cu_seqlens, dt_softplus, return_final_states) == (None, None, None, False, True)
         assert seq_idx.dtype == torch.int32
         before = torch.cat([torch.zeros_like(seq_idx[:, :1]), seq_idx[:, :-1]], dim=1)  # the entering state belongs to 0
