@@ -42,7 +42,7 @@ def verify_layout(overrides: list[str], options: LayoutVerifyConfig) -> int:
     config = load(TrainConfig, "train", overrides)
     run = RunDir(config.run_dir).path
     if config.launcher.processes > 1:
-        with progress("verify layout", 1, "layouts") as advance, _Prover(options) as prover:
+        with progress("verify layout", 1, "layouts") as advance, Prover(options) as prover:
             report = prover.prove(_name(config), config)
             advance(1)
         print_one(report)
@@ -55,7 +55,7 @@ def verify_layout(overrides: list[str], options: LayoutVerifyConfig) -> int:
 
 def _many(layouts: dict[str, TrainConfig], options: LayoutVerifyConfig, run: Path | None) -> int:
     reports = []
-    with progress("verify layout", len(layouts), "layouts") as advance, _Prover(options) as prover:
+    with progress("verify layout", len(layouts), "layouts") as advance, Prover(options) as prover:
         for name, config in layouts.items():
             reports.append(prover.prove(name, config))
             advance(1)
@@ -73,14 +73,14 @@ class _Reference:
     leak: Check
 
 
-class _Prover:
-    """Runs layouts; those of the same model and training share one reference."""
+class Prover:
+    """Runs layouts; those of the same model and training share one reference. A context manager: it has a temporary folder."""
 
     def __init__(self, options: LayoutVerifyConfig) -> None:
         self.options = options
         self._references: dict[str, _Reference] = {}
 
-    def __enter__(self) -> _Prover:
+    def __enter__(self) -> Prover:
         self._folder = Path(tempfile.mkdtemp(prefix="lctrain-verify-"))
         return self
 
@@ -91,12 +91,12 @@ class _Prover:
         """Verdict on one layout; a rank that raises or hangs is a failure like any other."""
         began = time.monotonic()
         config, notes = shrink(asked, self.options)
-        samples = MadeSamples(config.trainer.seed, config.trainer.seq_len, config.model.vocab_size)
+        samples = _samples(config)
         changed = _document_to_change(samples, config.trainer.global_batch)
         checks: list[Check] = []
         problem = None
         try:
-            reference = self._reference(config, samples, changed)
+            reference = self.reference(config)
             found = self._run(config.launcher.processes, prove, config, changed)[0]
             one = reference_of(config)
             loaded = self._run(1, load_checkpoint, one, found.checkpoint)[0]
@@ -107,8 +107,11 @@ class _Prover:
             problem = str(error).strip()
         return LayoutReport(name, config, notes, checks, problem, time.monotonic() - began)
 
-    def _reference(self, config: TrainConfig, samples: MadeSamples, changed: tuple[int, int]) -> _Reference:
+    def reference(self, config: TrainConfig) -> _Reference:
+        """What one process finds for a config that has been shrunk."""
         one = reference_of(config)
+        samples = _samples(one)
+        changed = _document_to_change(samples, one.trainer.global_batch)
         key = json.dumps(one.model_dump(exclude={"run_dir", "cluster"}), sort_keys=True, default=str)
         if key not in self._references:
             found = self._run(1, prove, one, changed)[0]
@@ -118,7 +121,7 @@ class _Prover:
         return self._references[key]
 
     def _run(self, processes: int, function: Any, config: TrainConfig, last: Any) -> list[Any]:
-        with _pool(processes) as pool:
+        with _pool(processes, config.engine.name) as pool:
             arguments = [config, last]
             if function is prove:
                 arguments.append(tempfile.mkdtemp(dir=self._folder))
@@ -126,8 +129,13 @@ class _Prover:
 
 
 @contextmanager
-def _pool(processes: int) -> Iterator[RankPool]:
-    """Fresh processes: the engines' libraries keep state of their own that a second layout must not meet."""
+def _pool(processes: int, engine: str) -> Iterator[RankPool]:
+    """Fresh processes: the engines' libraries keep state of their own that a second layout must not meet.
+
+    What this process has imported they need not import again, so the libraries come first.
+    """
+    if engine == "megatron":
+        import lctrain.engines.megatron.engine  # noqa: F401
     pool = RankPool(processes)
     try:
         yield pool
@@ -141,6 +149,10 @@ def _name(config: TrainConfig) -> str:
     sizes |= {name: getattr(parallel, name) for name in ("cp", "tp", "pp", "ep", "etp")}
     shown = " ".join(f"{name}{size}" for name, size in sizes.items() if size > 1)
     return f"{config.model.name} {config.engine.name} {shown} {parallel.attention} {parallel.layout}"
+
+
+def _samples(config: TrainConfig) -> MadeSamples:
+    return MadeSamples(config.trainer.seed, config.trainer.seq_len, config.model.vocab_size)
 
 
 def _document_to_change(samples: MadeSamples, count: int) -> tuple[int, int]:
