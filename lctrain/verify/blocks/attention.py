@@ -63,8 +63,8 @@ def _against_formula(make: partial[Attention]) -> Errors:
     return against_oracle(mixer, lambda x: by_formula(mixer, x), D_MODEL)
 
 
-def by_formula(mixer: Attention, x: Tensor) -> Tensor:
-    """Attention of packed rows as written in the textbook, fp64."""
+def by_formula(mixer: Attention, x: Tensor, weights: Tensor | None = None) -> Tensor:
+    """Attention of packed rows as written in the textbook, fp64; each head's output times its weight [B, T, H]."""
     x = x.double()
     q, k, v = (_linear(module, x).unflatten(-1, (-1, mixer.head_dim)) for module in (mixer.q, mixer.k, mixer.v))
     if mixer.q_norm is not None and mixer.k_norm is not None:
@@ -75,6 +75,8 @@ def by_formula(mixer: Attention, x: Tensor) -> Tensor:
     out, lse = reference.attention(q, k, v, AttentionMask(DOCUMENTS, window=mixer.window).live(LENGTH))
     if mixer.sinks is not None:  # one more key with this score and the value 0
         out = out * torch.sigmoid(lse - mixer.sinks.double()[:, None]).transpose(1, 2).unsqueeze(-1)
+    if weights is not None:
+        out = out * weights.unsqueeze(-1)
     return _linear(mixer.out, out.flatten(2))
 
 
