@@ -78,7 +78,7 @@ def global_grad_norm(model: nn.Module, parallel: ModelParallel) -> Tensor:
     device = next((p.device for p in model.parameters()), None)
     total = torch.zeros((), dtype=torch.float64, device=device)
     for over, gradients in spread.items():
-        part = _sum_of_squares(gradients).to(total.device)
+        part = sum_of_squares(gradients).to(total.device)
         if over == ("all ranks",):
             dist.all_reduce(part)
         else:
@@ -88,7 +88,8 @@ def global_grad_norm(model: nn.Module, parallel: ModelParallel) -> Tensor:
     return total.sqrt()
 
 
-def _sum_of_squares(tensors: list[Tensor]) -> Tensor:
+def sum_of_squares(tensors: list[Tensor]) -> Tensor:
+    """Over all elements, fp64 scalar."""
     if not tensors:
         return torch.zeros((), dtype=torch.float64)
     return torch.stack(torch._foreach_norm(tensors)).double().square().sum()

@@ -38,6 +38,7 @@ class RunDir:
         self.checkpoints = self.path / "checkpoints"
         self.log = self.path / "log"
         self.plot = self.path / "loss.png"
+        self.expert_load = self.path / "experts.png"
         self.wandb = self.path / "wandb"
         self.wandb_id = self.path / "wandb.id"
         self.lock = self.path / "lock"

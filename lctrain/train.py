@@ -203,9 +203,12 @@ def _announce(
 
 
 def _plot(run: RunDir) -> None:
+    from lctrain.tracking.heatmap import plot_load
     from lctrain.tracking.plot import plot_loss
 
-    try:
-        print(f"loss curve: {plot_loss(run)}", flush=True)
-    except (UserError, OSError) as error:  # nothing to draw, or a full disk: the run itself is done and saved
-        print(f"no loss curve: {error}", flush=True)
+    for name, draw in (("loss curve", plot_loss), ("load of experts", plot_load)):
+        try:
+            if (path := draw(run)) is not None:
+                print(f"{name}: {path}", flush=True)
+        except (UserError, OSError) as error:  # nothing to draw, or a full disk: the run itself is done and saved
+            print(f"no {name}: {error}", flush=True)

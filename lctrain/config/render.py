@@ -42,10 +42,15 @@ def to_yaml(config: BaseModel) -> str:
     return _dump(config.model_dump(mode="json"))
 
 
+def load_yaml(text: str) -> Any:
+    """The tree of a YAML or JSON document, with `1e-3` a number; yaml.YAMLError if it is none."""
+    return yaml.load(text, _Loader)
+
+
 def from_yaml(schema: type[T], text: str) -> T:
     """The settings that to_yaml (or render) wrote; UserError for anything that the schema does not allow."""
     try:
-        tree = yaml.load(text, _Loader)
+        tree = load_yaml(text)
     except yaml.YAMLError as error:
         raise UserError(f"not valid YAML: {' '.join(str(error).split())}") from None
     return decode(schema, tree)

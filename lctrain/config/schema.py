@@ -6,11 +6,12 @@ whatever does not fit. Only checks that need nothing but the config live here; w
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
 from lctrain.config.cluster import ClusterConfig
+from lctrain.config.deepspeed import check_deepspeed
 from lctrain.config.latent_attention import LatentAttentionConfig
 from lctrain.config.mamba import LinearAttentionConfig, MambaConfig, check_layout
 from lctrain.config.model_parallel import check_model_parallel
@@ -215,14 +216,21 @@ class ParallelConfig(Strict):
 class EngineConfig(Strict):
     """Who owns gradients and the optimizer step."""
 
-    name: Literal["torch", "megatron"] = "torch"
-    """torch: one process, DDP or FSDP2. megatron: megatron-core's tensor and pipeline parallelism, DDP and optimizer."""
+    name: Literal["torch", "megatron", "deepspeed"] = "torch"
+    """torch: one process, DDP or FSDP2. megatron: megatron-core's tensor and pipeline parallelism, DDP and optimizer.
+    deepspeed: ZeRO, tensor parallelism, and pipeline stages with ZeRO 0 and 1."""
     data_parallel: Literal["ddp", "fsdp"] = "ddp"
     """ddp: every process holds all weights. fsdp: weights, gradients and optimizer state are sharded over dp x cp."""
     dtype: Literal["fp32", "bf16"] = "fp32"
     """Arithmetic of the layers; weights, gradients, optimizer state, norms' statistics and the loss stay fp32."""
     distributed_optimizer: bool = True
     """megatron: fp32 main weights and moments are divided over dp x cp; false: every data-parallel copy has all of them."""
+    zero: Literal[0, 1, 2, 3] | None = None
+    """deepspeed: what is divided over dp x cp: 1 optimizer state, 2 gradients too, 3 weights too, 0 nothing; null: what
+    deepspeed_config says, or 1."""
+    deepspeed_config: str | dict[str, Any] | None = None
+    """deepspeed: path of a JSON or YAML file of DeepSpeed's, or a mapping like one (offloading, buckets, profilers). What it
+    says of batch sizes, clipping, optimizer and dtype must agree with ours."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto takes CUDA where there is one."""
     activation_checkpointing: Literal["none", "layer"] = "none"
@@ -346,7 +354,9 @@ class TrackingConfig(Strict):
     wandb: WandbConfig = WandbConfig()
     """Weights & Biases."""
     plot: bool = True
-    """Draw <run_dir>/loss.png when the run ends."""
+    """Draw <run_dir>/loss.png when the run ends, and <run_dir>/experts.png if the model has mixtures."""
+    load_every: Positive = 10
+    """Steps between records of every single expert's load in metrics.jsonl (summaries per layer are in every step)."""
     log_every: Positive = 1
     """Steps between console lines (metrics.jsonl has every step)."""
 
@@ -454,4 +464,5 @@ class TrainConfig(Strict):
                 f" x trainer.micro_batch={self.trainer.micro_batch}; nearest that fits:"
                 f" {max(1, round(self.trainer.global_batch / per_pass)) * per_pass}"
             )
+        check_deepspeed(self, dp)
         return dp

@@ -87,6 +87,8 @@ def format_line(record: dict[str, Any], total: int, left: str) -> str:
     if record.get("memory_mb") is not None:
         memory = record["memory_mb"]
         parts.append(f"{memory / 1024:.1f} GB" if memory >= 1024 else f"{memory:.0f} MB")
+    if record.get("moe_max_violation"):
+        parts.append(f"max violation {max(record['moe_max_violation']):.2f}")
     if record.get("data_wait_s") is not None:
         parts.append(f"data {record['data_wait_s'] * 1000:.0f} ms")
     if record.get("skipped"):

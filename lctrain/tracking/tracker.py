@@ -28,13 +28,17 @@ class Tracker:
 
             self._wandb = WandbLog(run, config, self.message)
         self._metrics = MetricsLog(run.metrics, start_step)
+        self._load_every, self._last_step = config.tracking.load_every, config.trainer.steps
 
     def step(self, record: dict[str, Any]) -> None:
         """Record one finished step.
 
-        Scalars of any name; `step` (finished steps, counted from 1) is required. The console line shows those it knows: loss,
-        grad_norm, lr, tokens_per_s, step_s, data_wait_s, mfu, memory_mb, eval_loss, skipped.
+        Scalars of any name, lists with one value per layer, and tables, which are kept every tracking.load_every steps; `step`
+        (finished steps, counted from 1) is required. The console line shows those it knows: loss, grad_norm, lr, tokens_per_s,
+        step_s, data_wait_s, mfu, memory_mb, eval_loss, skipped.
         """
+        if record["step"] % self._load_every and record["step"] != self._last_step:
+            record = {key: value for key, value in record.items() if not _is_table(value)}
         self._metrics.step(record)
         self._console.step(record)
         if self._wandb:
@@ -57,6 +61,10 @@ class Tracker:
         self._metrics.close()
         if self._wandb:
             self._wandb.close(status)
+
+
+def _is_table(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and isinstance(value[0], list)
 
 
 class SilentTracker(Tracker):

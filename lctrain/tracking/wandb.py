@@ -73,7 +73,7 @@ class WandbLog:
         try:
             run = self._start()
             while (record := self._records.get()) is not None:
-                run.log(record)
+                run.log(_scalars(record))
             run.finish(exit_code=self._status)
             self._end_service()
         except BaseException as error:  # SystemExit included: whatever wandb does, the training goes on
@@ -123,6 +123,17 @@ class WandbLog:
         if not path.exists():
             write_text(path, secrets.token_hex(4) + "\n")
         return path.read_text().strip()
+
+
+def _scalars(record: dict[str, Any]) -> dict[str, Any]:
+    """Values per layer as curves of their own, `name/layer`; tables, which wandb cannot draw, stay in metrics.jsonl."""
+    flat: dict[str, Any] = {}
+    for key, value in record.items():
+        if isinstance(value, list):
+            flat |= {f"{key}/{layer}": item for layer, item in enumerate(value) if not isinstance(item, list)}
+        else:
+            flat[key] = value
+    return flat
 
 
 def _first_line(error: BaseException) -> str:
