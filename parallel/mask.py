@@ -93,7 +93,7 @@ class AttentionMask:
         return torch.stack(rows)
 
 
-@lru_cache(maxsize=4096)
+@lru_cache(maxsize=1024)
 def _bands(
     mask: AttentionMask, layout: Placement, queries: tuple[int, tuple[int, ...]], keys: tuple[int, tuple[int, ...]]
 ) -> tuple[RowBand, ...]:

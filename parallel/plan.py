@@ -51,13 +51,13 @@ class AttentionPlan:
     whole: RowBand | None
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=16)
 def live_tiles(placement: Placement, mask: AttentionMask) -> TileMap:
     """The live tiles of a masked layout."""
     return TileMap(placement, mask)
 
 
-@lru_cache(maxsize=256)  # all layers of a model ask for the same few
+@lru_cache(maxsize=32)  # all layers of a model ask for the same few; at 64 ranks each is megabytes
 def make_plan(
     strategy: str, placement: Placement, mask: AttentionMask, rank: int, direction: Direction, n_kv_heads: int, node: int
 ) -> AttentionPlan:

@@ -209,7 +209,7 @@ def default_node(world_size: int) -> int:
     return max(n for n in range(1, math.isqrt(world_size) + 1) if world_size % n == 0)
 
 
-@lru_cache(maxsize=1024)
+@lru_cache(maxsize=64)  # at 64 ranks a schedule is megabytes, and packed documents ask for new ones all the time
 def make_schedule(strategy: str, problem: Problem) -> Schedule:
     """The checked schedule of a strategy; ValueError for an unknown strategy or a node size that does not divide."""
     if strategy not in STRATEGIES:
