@@ -96,7 +96,7 @@ def _gradients(found: dict[str, Tensor], reference: dict[str, Tensor], places: d
     checks = []
     for family in families:
         pairs = {name: (found[name], reference[name]) for name in reference if places[name].family == family}
-        checks.append(_worst(f"gradients, {family}", pairs, GRADIENT))
+        checks.append(_worst(f"gradients ({family})", pairs, GRADIENT))
     return checks
 
 

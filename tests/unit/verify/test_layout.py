@@ -113,8 +113,8 @@ def test_equal_findings_pass() -> None:
         ({"steps": [StepResult(2.00001, 1.0, None), StepResult(1.9, 1.0, None)]}, "loss"),
         ({"steps": [StepResult(2.0, 1.00001, None), StepResult(1.9, 1.0, None)]}, "grad norm"),
         ({"steps": [StepResult(float("nan"), 1.0, None), StepResult(1.9, 1.0, None)]}, "loss"),
-        ({"gradients": {"w": torch.ones(3) * 1.0001, "n": torch.ones(2)}}, "gradients, dense"),
-        ({"gradients": {"w": torch.ones(3), "n": torch.ones(2) * 2}}, "gradients, norm"),
+        ({"gradients": {"w": torch.ones(3) * 1.0001, "n": torch.ones(2)}}, "gradients (dense)"),
+        ({"gradients": {"w": torch.ones(3), "n": torch.ones(2) * 2}}, "gradients (norm)"),
         ({"gradients": {"w": torch.ones(3)}}, "gradients"),
         ({"losses": {1: torch.ones(50) + 1e-4}}, "token losses"),
         ({"changed": {1: torch.ones(50) * 2}}, "leak probe"),
@@ -143,7 +143,7 @@ def test_a_layout_is_proved_and_stored(tmp_path, capsys) -> None:
     assert "proved in" in capsys.readouterr().out
     (result,) = json.loads((tmp_path / "verify_layout.json").read_text())["results"]
     assert result["passed"]
-    assert {check["name"] for check in result["checks"]} >= {"loss", "grad norm", "gradients, dense", "leak probe"}
+    assert {check["name"] for check in result["checks"]} >= {"loss", "grad norm", "gradients (dense)", "leak probe"}
 
 
 def test_mistakes_are_told() -> None:
