@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import closing
-from statistics import median
 from typing import Any
 
-from lctrain.bench.attention_problem import Gradients, Pass, Problem, Timing
+from lctrain.bench.attention_problem import Pass, Problem
 from lctrain.bench.attention_rank import run_rank
+from lctrain.bench.attention_results import DIRECTIONS, errors, plain, summary, unsharded
 from lctrain.bench.attention_sdpa import WholeSequence
 from lctrain.bench.attention_tables import print_bytes, print_passes
 from lctrain.bench.child import Child
@@ -19,11 +19,9 @@ from lctrain.config.bench import AttentionBenchConfig
 from lctrain.console import progress, say, warn
 from lctrain.launch.ranks import RankPool
 from lctrain.parallel.cost import costed_steps, traffic
-from lctrain.parallel.schedule import Direction
 from lctrain.parallel.strategy import Strategy
 
 TIMEOUT_S = 3600.0
-DIRECTIONS: tuple[Direction, Direction] = ("forward", "backward")
 
 
 def bench_attention(config: AttentionBenchConfig) -> int:
@@ -63,41 +61,12 @@ def _measure(config: AttentionBenchConfig, problem: Problem) -> Iterator[dict[st
             base = {"seq": problem.seq, "documents": len(problem.borders) - 1, "cp": cp}
             results = whole[0][0].results
             assert results is not None
-            yield {**base, "strategy": "SDPA", "threads": threads, "error": _errors(results, exact), **_summary(whole)}
+            yield {**base, "strategy": "SDPA", "threads": threads, "error": errors(results, exact), **summary(whole)}
             for strategy, passes in ranks.items():
-                error = _errors(_unsharded(problem, passes[0]), exact)
-                yield {**base, "strategy": strategy.name, "threads": cp, "error": error, **_summary(passes)} | _bytes(
+                error = errors(unsharded(problem.layout(cp), passes[0]), exact)
+                yield {**base, "strategy": strategy.name, "threads": cp, "error": error, **summary(passes)} | _bytes(
                     problem, strategy, passes[0]
                 )
-
-
-def _errors(results: Gradients, exact: Gradients) -> dict[str, float]:
-    """Largest error of each tensor over its largest entry."""
-    pairs = zip(results._fields, results, exact, strict=True)
-    return {name: float((x.double() - y).abs().max() / y.abs().max()) for name, x, y in pairs}
-
-
-def _unsharded(problem: Problem, ranks: list[Pass]) -> Gradients:
-    shards = [rank.results for rank in ranks if rank.results is not None]
-    return Gradients(*(problem.layout(len(ranks)).unshard(parts, dim=1) for parts in zip(*shards, strict=True)))
-
-
-def _summary(passes: list[list[Pass]]) -> dict[str, Any]:
-    """Medians and minima over all passes but the first, which pays for whatever happens only once."""
-    timed = passes[1:]
-    forward, backward = ([_together([getattr(rank, way) for rank in ranks]) for ranks in timed] for way in DIRECTIONS)
-    both = [Timing(f.wall + b.wall, f.cpu + b.cpu) for f, b in zip(forward, backward, strict=True)]
-    summary: dict[str, Any] = {"memory_mib": max(rank.memory_mib for ranks in timed for rank in ranks)}
-    for what, timings in (("forward", forward), ("backward", backward), ("both", both)):
-        for clock in Timing._fields:
-            values = [getattr(timing, clock) for timing in timings]
-            summary[f"{what}_{clock}_s"], summary[f"best_{what}_{clock}_s"] = median(values), min(values)
-    return summary
-
-
-def _together(ranks: list[Timing]) -> Timing:
-    """Ranks that worked at the same time: the slowest one's wall time, everyone's CPU time."""
-    return Timing(max(rank.wall for rank in ranks), sum(rank.cpu for rank in ranks))
 
 
 def _bytes(problem: Problem, strategy: Strategy, ranks: list[Pass]) -> dict[str, Any]:
@@ -106,11 +75,7 @@ def _bytes(problem: Problem, strategy: Strategy, ranks: list[Pass]) -> dict[str,
     work = [sum(call.entries * call.heads for step in steps for call in step.calls) for steps in costed_steps(*case, "forward")]
     return {
         "imbalance": max(work) * len(work) / sum(work),
-        "sent": {way: [_plain(rank.sent[way]) for rank in ranks] for way in DIRECTIONS},
-        "scheduled": {way: [_plain(traffic(*case, way, rank)) for rank in range(len(ranks))] for way in DIRECTIONS},
+        "sent": {way: [plain(rank.sent[way]) for rank in ranks] for way in DIRECTIONS},
+        "scheduled": {way: [plain(traffic(*case, way, rank)) for rank in range(len(ranks))] for way in DIRECTIONS},
         "published": {way: published_bytes(strategy, way, case[1], case[3]) for way in DIRECTIONS},
     }
-
-
-def _plain(counted: Mapping[str, int]) -> dict[str, int]:
-    return {kind: count for kind, count in sorted(counted.items()) if count}

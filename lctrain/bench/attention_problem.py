@@ -32,25 +32,26 @@ class Timing(NamedTuple):
 
 
 class Gradients(NamedTuple):
-    """Results of a forward and backward pass, each [B, tokens, heads, D]."""
+    """Results of a forward and backward pass, each [B, tokens, heads, D]; None of gradients that nobody can compute."""
 
     out: Tensor
-    dq: Tensor
-    dk: Tensor
-    dv: Tensor
+    dq: Tensor | None
+    dk: Tensor | None
+    dv: Tensor | None
 
 
 @dataclasses.dataclass(frozen=True)
 class Pass:
     """One forward and backward pass of one process.
 
+    backward: None if there is none.
     memory_mib: peak above what was resident with the inputs at hand.
     sent: bytes given to the process group, by direction and kind.
     results: out and gradients, if they were asked for.
     """
 
     forward: Timing
-    backward: Timing
+    backward: Timing | None
     memory_mib: float
     sent: dict[Direction, Counter[str]]
     results: Gradients | None
@@ -98,6 +99,7 @@ def measure(
     want_results: bool,
     meet: Callable[[], object] = lambda: None,
     sent: Counter[str] | None = None,
+    has_backward: bool = True,
 ) -> Pass:
     """One pass of `attend` over q, k, v and the gradient of out, each direction from one meeting of all ranks to the next.
 
@@ -109,11 +111,8 @@ def measure(
     before = resident_mib()
     out, forward = _timed(lambda: attend(q, k, v), meet)
     sent_forward = Counter(counts)
-    _, backward = _timed(lambda: out.backward(inputs[3]), meet)
+    backward = _timed(lambda: out.backward(inputs[3]), meet)[1] if has_backward else None
     memory = peak_resident_mib() - before
-    assert q.grad is not None
-    assert k.grad is not None
-    assert v.grad is not None
     results = Gradients(out.detach(), q.grad, k.grad, v.grad) if want_results else None
     return Pass(forward, backward, memory, {"forward": sent_forward, "backward": counts - sent_forward}, results)
 

@@ -7,14 +7,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from lctrain.config.bench import BenchConfig
+from lctrain.config.bench import BenchConfig, PeersBenchConfig
 from lctrain.console import say
 from lctrain.environment import describe_environment
 from lctrain.errors import UserError
 from lctrain.whole_file import write_json
 
 
-def check_output(config: BenchConfig) -> None:
+def check_output(config: BenchConfig | PeersBenchConfig) -> None:
     """UserError now rather than after an hour of measuring, if the results could not be written."""
     if config.output is None:
         return
@@ -33,7 +33,9 @@ def introduce_machine() -> dict[str, Any]:
     return machine
 
 
-def store(config: BenchConfig, benchmark: str, machine: dict[str, Any], results: Sequence[dict[str, Any]]) -> None:
+def store(
+    config: BenchConfig | PeersBenchConfig, benchmark: str, machine: dict[str, Any], results: Sequence[dict[str, Any]]
+) -> None:
     """Write settings, machine and results as JSON if the user wants them."""
     if config.output is None:
         return

@@ -1,10 +1,12 @@
 """Measure speed, memory and traffic, side by side with what others would use.
 
-usage: lctrain bench {step,attention,simulate} [name=value ...]
+usage: lctrain bench {step,attention,simulate,ssd} [name=value ...]
 
   lctrain bench step model=small seq=1024,4096
   lctrain bench attention strategies=ring,all_gather cp=2,4 seq=8192,16384
+  lctrain bench attention --peers
   lctrain bench simulate cp=2,4 seq=4096,8192
+  lctrain bench ssd seq=8192,16384
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ from lctrain.subcommands import subcommands
 
 def main(args: list[str]) -> int:
     """Run the command."""
-    return subcommands("bench", {"step": _step, "attention": _attention, "simulate": _simulate}, args)
+    return subcommands("bench", {"step": _step, "attention": _attention, "simulate": _simulate, "ssd": _ssd}, args)
 
 
 def _step(args: list[str]) -> int:
@@ -37,14 +39,23 @@ def _step(args: list[str]) -> int:
 def _attention(args: list[str]) -> int:
     """Time sequence-parallel attention beside one process with SDPA; count its bytes, check its results.
 
-    usage: lctrain bench attention [strategies=ring,all_gather] [cp=2,4] [seq=8192] [name=value ...]
+    usage: lctrain bench attention [--peers] [strategies=ring,all_gather] [cp=2,4] [seq=8192] [name=value ...]
+
+    With --peers, other libraries' sequence-parallel attention takes part: those that run on CPU and are installed.
 
       lctrain bench attention cp=2,4 seq=8192,16384
       lctrain bench attention kv_heads=2 dtype=bf16 documents=3000,100,5092
+      lctrain bench attention --peers
+      lctrain bench attention --peers peers=zigzag_ring,llama3 dtypes=bf16
     """
-    from lctrain.config.bench import AttentionBenchConfig
+    from lctrain.config.bench import AttentionBenchConfig, PeersBenchConfig
     from lctrain.config.load import load
 
+    if "--peers" in args:
+        peers_config = load(PeersBenchConfig, "bench_attention_peers", [arg for arg in args if arg != "--peers"])
+        from lctrain.bench.peers.compare import bench_peers
+
+        return bench_peers(peers_config)
     config = load(AttentionBenchConfig, "bench_attention", args)
     from lctrain.bench.attention import bench_attention
 
@@ -66,3 +77,21 @@ def _simulate(args: list[str]) -> int:
     from lctrain.bench.simulate import bench_simulate
 
     return bench_simulate(config)
+
+
+def _ssd(args: list[str]) -> int:
+    """Time the state-space scan of Mamba-2, or a whole layer, beside transformers' torch path and the recurrence.
+
+    usage: lctrain bench ssd [part=layer] [seq=8192,16384] [name=value ...]
+
+      lctrain bench ssd output=ssd.json
+      lctrain bench ssd part=layer d_model=512 heads=16 seq=8192
+      lctrain bench ssd documents=12 dtype=bf16
+    """
+    from lctrain.config.bench_ssd import SsdBenchConfig
+    from lctrain.config.load import load
+
+    config = load(SsdBenchConfig, "bench_ssd", args)
+    from lctrain.bench.ssd import bench_ssd
+
+    return bench_ssd(config)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+import itertools
+from collections.abc import Iterator
+from typing import Annotated, Literal, get_args
 
 from pydantic import Field, model_validator
 
 from lctrain.config.schema import LayoutKind, ModelConfig, NonNegative, Positive, Strategy, Strict
 
+PeerName = Literal["deepspeed", "alst", "torch_ring", "torch_all_gather", "zigzag_ring", "llama3", "yunchang", "token_ring"]
 Lengths = Annotated[tuple[Positive, ...], Field(min_length=1)]
 
 
@@ -80,3 +83,44 @@ class AttentionBenchConfig(BenchConfig):
         if self.kv_heads is not None and self.heads % self.kv_heads:
             raise ValueError(f"heads={self.heads} is not a multiple of kv_heads={self.kv_heads}")
         return self
+
+
+class PeersBenchConfig(Strict):
+    """`lctrain bench attention --peers`: our strategies beside other libraries' on one causal document."""
+
+    seq: Lengths = (8192,)
+    """Tokens per sequence; a list measures one after the other."""
+    cp: Lengths = (2, 4)
+    """Numbers of processes that share a sequence."""
+    heads: Positive = 8
+    """Query heads."""
+    kv_heads: Lengths = (8, 2)
+    """Key/value heads, which must divide heads; a list measures one after the other."""
+    head_dim: Positive = 64
+    """Size of a head."""
+    dtypes: Annotated[tuple[Literal["fp32", "bf16"], ...], Field(min_length=1)] = ("fp32", "bf16")
+    """Arithmetic; a list measures one after the other."""
+    strategies: Annotated[tuple[Strategy, ...], Field(min_length=1)] = ("ring", "all_gather", "token_ring", "ulysses", "usp")
+    """Ours, with zigzag shards."""
+    peers: tuple[PeerName, ...] = get_args(PeerName)
+    """Others'. What is not installed is listed with the command that installs it."""
+    repeats: Positive = 2
+    """Timed passes of each contender, after one that is not timed, in which bytes are counted and results compared."""
+    seed: NonNegative = 0
+    """Seed of the inputs."""
+    output: str | None = None
+    """JSON file for the results and a description of this machine."""
+
+    @model_validator(mode="after")
+    def _check(self) -> PeersBenchConfig:
+        for kv_heads in self.kv_heads:
+            if self.heads % kv_heads:
+                raise ValueError(f"heads={self.heads} is not a multiple of kv_heads={kv_heads}")
+        return self
+
+    def problems(self) -> Iterator[AttentionBenchConfig]:
+        """One after the other."""
+        for seq, kv_heads, dtype in itertools.product(self.seq, self.kv_heads, self.dtypes):
+            yield AttentionBenchConfig(
+                seq=(seq,), heads=self.heads, kv_heads=kv_heads, head_dim=self.head_dim, dtype=dtype, seed=self.seed
+            )

@@ -1,0 +1,1 @@
+"""Other libraries' sequence-parallel attention beside ours. All of them are optional installs."""
