@@ -24,15 +24,15 @@ from lctrain.devices import DTYPES
 from lctrain.engines.base import StepResult
 from lctrain.engines.megatron.groups import group_collection
 from lctrain.engines.megatron.optimizer import Optimizer, mark_parameters
-from lctrain.engines.megatron.stage import Piece, Stage
+from lctrain.engines.megatron.stage import Stage
 from lctrain.engines.megatron.state import EngineState
 from lctrain.engines.problem import describe_problem
 from lctrain.models.build import build_model
-from lctrain.models.cuts import stage_layers
 from lctrain.models.init import initialise
 from lctrain.models.model import LossSums
 from lctrain.models.moe.stats import balancers, forget_statistics, gather_statistics, update_biases
 from lctrain.models.parallel import ModelParallel
+from lctrain.models.piece import Piece, piece_ranges
 from lctrain.models.place import Family, Place, parameter_places
 from lctrain.models.tensor_parallel import shard_length
 from lctrain.parallel.mesh import MeshGroups, ProcessMesh
@@ -142,12 +142,8 @@ class MegatronEngine:
 
     def _ranges(self) -> list[range]:
         """The sublayers of this rank's pieces: of all pieces in the order of layers, every pp-th from its own on."""
-        length = self.config.trainer.seq_len
-        documents = ((0, length),)
-        costs = [layer.mixer.flops(documents) for layer in self.model.layers]
-        head = 2.0 * length * self.model.output_weight.numel()
         pieces = self.mesh.pp * self.config.parallel.virtual_stages
-        return stage_layers(self.config.model, pieces, costs, head)[self.mesh.pp_rank :: self.mesh.pp]
+        return piece_ranges(self.config, self.model, pieces)[self.mesh.pp_rank :: self.mesh.pp]
 
     def _allocate(self, piece: Piece) -> dict[str, Tensor]:
         """Storage and initial values; returns the fp32 values of what is then kept in bf16."""

@@ -1,50 +1,14 @@
-"""A pipeline stage: a run of the model's sublayers, and the face that megatron-core's schedules and wrappers ask for."""
+"""A pipeline stage: a piece of the model with the face that megatron-core's schedules and wrappers ask for."""
 
 from __future__ import annotations
 
-from typing import Any
-
-import torch
 from megatron.core.enums import ModelType
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
-from lctrain.config.schema import ModelConfig
-from lctrain.models.model import LanguageModel, LossSums
-from lctrain.models.parallel import ModelParallel
+from lctrain.models.model import LossSums
+from lctrain.models.piece import Piece
 from lctrain.parallel.sequence import SequenceMeta
-
-
-class Piece(LanguageModel):
-    """Some consecutive sublayers of a LanguageModel under their names in the whole, with the embedding or the head at its ends.
-
-    A tied embedding stands in the first and in the last piece.
-    """
-
-    def __init__(
-        self, config: ModelConfig, dtype: torch.dtype, checkpointing: bool, parallel: ModelParallel, layers: range
-    ) -> None:
-        with torch.device("meta"):
-            super().__init__(config, dtype, checkpointing, parallel)
-        self._depth = len(self.layers)
-        self.first, self.last = layers.start == 0, layers.stop == self._depth
-        self.layers = _Layers({str(place): self.layers[place] for place in layers})  # type: ignore[assignment]
-        if not self.first and not (self.last and config.tie_embeddings):
-            del self.embedding
-        if not self.last:
-            del self.norm, self.head
-
-    @property
-    def depth(self) -> int:
-        """Sublayers of the whole model."""
-        return self._depth
-
-
-class _Layers(nn.ModuleDict):
-    """Named by their place in the whole model; iterated like a list."""
-
-    def __iter__(self) -> Any:
-        return iter(self.values())
 
 
 class Stage(nn.Module):
