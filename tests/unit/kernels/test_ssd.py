@@ -95,9 +95,7 @@ def test_equals_the_recurrence_at_any_size(tokens, heads, chunk, resets, seed):
 def test_fp32(resets):
     inputs = problem(2, 150, 4, 16, 2, 16, resets=resets)
     found, wanted = run(chunked.ssd, inputs, torch.float32, chunk=32), run(reference.ssd, inputs, torch.float64)
-    found_errors = errors(found, wanted)
-    assert found_errors.pop("A") < 1e-5  # a sum over tokens of sums over pairs of the chunk, of both signs
-    assert max(found_errors.values()) < 2e-6
+    assert max(errors(found, wanted).values()) < 2e-6
 
 
 def test_bf16_accumulates_in_fp32():
@@ -124,7 +122,7 @@ def test_gradient_of_decay_rates_does_not_cancel():
     inputs = problem(1, 256, 2, 16, 1, 16, D=False, initial=False)
     inputs["A"], inputs["dt"] = torch.tensor([-6.0, -8.0], dtype=torch.float64), torch.ones_like(inputs["dt"])
     found, wanted = run(chunked.ssd, inputs, torch.float32), run(reference.ssd, inputs, torch.float64)
-    assert errors(found, wanted)["A"] < 5e-6
+    assert errors(found, wanted)["A"] < 1e-6
 
 
 def test_no_bit_leaks_between_documents():
