@@ -119,7 +119,7 @@ def _shape(config: TrainConfig, kind: Kind) -> AttentionShape:
         return AttentionShape(batch, heads, heads, head_size(latent), dtype, width)
     attention = config.model.attention
     head_dim = attention.head_dim or config.model.d_model // attention.n_heads
-    return AttentionShape(batch, attention.n_heads, attention.n_kv_heads, head_dim, dtype)
+    return AttentionShape(batch, attention.n_heads // tp, max(1, attention.n_kv_heads // tp), head_dim, dtype)
 
 
 def _described(candidate: Candidate) -> str:

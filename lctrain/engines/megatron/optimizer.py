@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from typing import NamedTuple
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
@@ -78,13 +79,15 @@ class Optimizer:
             bf16=config.engine.dtype == "bf16",
             use_distributed_optimizer=config.engine.distributed_optimizer,
         )
-        self.megatron = get_megatron_optimizer(
-            settings,
-            chunks,
-            config_overrides={ParamKey(attr="no_weight_decay"): {"wd_mult": 0.0}},
-            use_gloo_process_groups=False,
-            pg_collection=collection,
-        )
+        # torch's AdamW even where Transformer Engine or Apex has one: the same arithmetic and state in all engines
+        with patch("megatron.core.optimizer.USING_PYTORCH_OPTIMIZER", True):
+            self.megatron = get_megatron_optimizer(
+                settings,
+                chunks,
+                config_overrides={ParamKey(attr="no_weight_decay"): {"wd_mult": 0.0}},
+                use_gloo_process_groups=False,
+                pg_collection=collection,
+            )
         self._held = dict(self._find_held())
         for held in self._held.values():
             if not held.state:

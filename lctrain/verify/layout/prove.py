@@ -17,6 +17,7 @@ from lctrain.config.schema import TrainConfig
 from lctrain.config.verify import LayoutVerifyConfig
 from lctrain.console import progress, say
 from lctrain.engines.base import StepResult
+from lctrain.engines.quiet import quiet_libraries
 from lctrain.errors import UserError
 from lctrain.launch.ranks import RankError, RankPool
 from lctrain.models.build import build_model
@@ -27,7 +28,7 @@ from lctrain.verify.layout.rank import Findings, load_checkpoint, prove
 from lctrain.verify.layout.report import LayoutReport, print_matrix, print_one, store
 from lctrain.verify.layout.samples import MadeSamples
 from lctrain.verify.layout.shrink import reference_of, shrink
-from lctrain.verify.layout.standard import MATRIX, grid_of, load_layout
+from lctrain.verify.layout.standard import MATRIX, QUICK, grid_of, load_layout
 
 
 def verify_layout(overrides: list[str], options: LayoutVerifyConfig) -> int:
@@ -35,7 +36,8 @@ def verify_layout(overrides: list[str], options: LayoutVerifyConfig) -> int:
     if options.all:
         if overrides:
             raise UserError(f"--all proves the standard matrix, so {overrides[0]} has no place; drop one of them")
-        layouts = {name: load_layout(words) for name, words in MATRIX.items() if (options.only or "") in name}
+        names = [name for name in (QUICK if options.quick else MATRIX) if (options.only or "") in name]
+        layouts = {name: load_layout(MATRIX[name]) for name in names}
         if not layouts:
             raise UserError(f"verify.only={options.only}: no layout has that in its name; there are {', '.join(MATRIX)}")
         return _many(layouts, options, None)
@@ -134,6 +136,8 @@ def _pool(processes: int, engine: str) -> Iterator[RankPool]:
 
     What this process has imported they need not import again, so the libraries come first.
     """
+    if engine != "torch":
+        quiet_libraries()
     if engine == "megatron":
         import lctrain.engines.megatron.engine  # noqa: F401
     pool = RankPool(processes)
