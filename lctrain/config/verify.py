@@ -73,5 +73,7 @@ class LayoutVerifyConfig(Strict):
     """JSON file for the report; null: verify_layout.json in the run directory of the proved config (with --all: none)."""
     all: bool = False
     """Prove the standard matrix of layouts instead of one; the same as --all."""
+    quick: bool = False
+    """With --all: ten of its layouts."""
     only: str | None = None
     """With --all: layouts whose name contains this text."""

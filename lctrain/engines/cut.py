@@ -105,6 +105,8 @@ class CutParameters:
     def whole(self, name: str, tensor: Tensor) -> Tensor:
         """All of a parameter's tensor, on every rank. Collective."""
         tensor = self.described(name, tensor)
+        if self.sharded and name in self._axes and isinstance(tensor, DTensor):  # one dimension at a time, as torch asks for
+            tensor = tensor.redistribute(placements=[tensor.placements[0], Replicate()])
         return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach()
 
     def in_state(self, change: Callable[[str, Tensor], Tensor], state: dict[str, Any]) -> dict[str, Any]:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections import Counter
 from typing import Any
 
 from lctrain.config.schema import TrainConfig
 from lctrain.config.verify import LayoutVerifyConfig
-from lctrain.models.pattern import parse_pattern
+from lctrain.models.pattern import CUT, parse_pattern, pipeline_cuts
 
 WIDTH, HEAD, MOST_HEADS, MOST_EXPERTS, CHUNK, VOCABULARY = 64, 8, 64, 16, 16, 256
 Tree = dict[str, Any]
@@ -26,13 +27,13 @@ def shrink(config: TrainConfig, options: LayoutVerifyConfig) -> tuple[TrainConfi
     if config.engine.dtype != "fp32":
         notes.append(f"engine.dtype {config.engine.dtype} -> fp32, in which rounding hides no mistake")
     tree["engine"] |= {"dtype": "fp32", "device": "cpu"}
-    rows = min(config.trainer.micro_batch, 2)
+    rows, dp = min(config.trainer.micro_batch, 2), _data_parallel(tree)
     tree["trainer"] |= {
         "seq_len": options.length,
         "stages": (),
         "steps": options.steps,
         "micro_batch": rows,
-        "global_batch": 4 * rows * math.ceil(_data_parallel(tree) / 2),
+        "global_batch": rows * dp * max(2, 4 // dp, tree["parallel"]["pp"]),
         "loss_chunk": max(1, options.length // 3),
         "seed": options.seed,
         "eval_every": 0,
@@ -112,9 +113,12 @@ def _shrink_experts(moe: Tree) -> None:
 
 
 def _short_pattern(pattern: str, parallel: Tree) -> str:
-    """The first two sublayers of every kind, or as many more as the pipeline's stages need; cuts by `|` go."""
+    """The first two sublayers of every kind, or as many more as stages need; of a pattern with cuts, one per kind and stage."""
     symbols = [layer.symbol for layer in parse_pattern(pattern)]
-    stages = parallel["pp"]
+    stages, cuts = parallel["pp"] * parallel["virtual_stages"], pipeline_cuts(pattern)
+    if stages > 1 and len(cuts) + 1 == stages:
+        pieces = itertools.pairwise((0, *cuts, len(symbols)))
+        return CUT.join("".join(dict.fromkeys(symbols[start:end])) for start, end in pieces)
     for each in range(2, len(symbols) + 1):
         seen: Counter[str] = Counter()
         kept = []
