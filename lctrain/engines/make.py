@@ -18,6 +18,10 @@ def make_engine(config: TrainConfig, mesh: ProcessMesh, groups: MeshGroups, devi
         from lctrain.engines.megatron.engine import MegatronEngine
 
         return MegatronEngine(config, mesh, groups, device)
+    if config.engine.name == "deepspeed" and mesh.pp > 1:
+        from lctrain.engines.deepspeed.pipeline import PipelineEngine
+
+        return PipelineEngine(config, mesh, groups, device)
     if config.engine.name == "deepspeed":
         from lctrain.engines.deepspeed.engine import ZeroEngine
 

@@ -84,7 +84,11 @@ class DeepSpeedCommon:
         problem = None
         if not math.isfinite(loss) or not math.isfinite(self.grad_norm):
             problem = describe_problem(self.mesh, batch, losses, loss, self.grad_norm)
-        return StepResult(loss, self.grad_norm, problem, gather_statistics(self.held, self.held.parallel))
+        return StepResult(loss, self.grad_norm, problem, self.statistics())
+
+    def statistics(self) -> dict[str, Any]:
+        """Metrics of the mixtures. Collective."""
+        return gather_statistics(self.held, self.held.parallel)
 
     @torch.no_grad()
     def gradients(self) -> dict[str, Tensor]:
