@@ -319,3 +319,27 @@ def test_half_precision_stays_near_one_process(outcome) -> None:
         for name, weight in theirs["weights"].items():
             assert weight.dtype == ours["weights"][name].dtype == torch.float32
             assert float((ours["weights"][name] - weight).abs().max()) < 4e-3, name
+
+
+def poisoned(rank: int, size: int, case: Case, make_batch: Callable) -> tuple[str | None, StepResult]:
+    """A step with a weight that is not finite on the last stage, then one without it."""
+    engine, mesh = make(case, rank, size)
+    norm = engine.parameters.get("norm.weight")  # type: ignore[attr-defined]
+    batch = make_batch(case, mesh, 0)
+    targets = count_targets(batch, mesh)
+    if norm is not None:
+        norm.data.fill_(torch.nan)
+    bad = train_step(engine, batch, targets, 1e-3)
+    if norm is not None:
+        norm.data.fill_(1.0)
+    return bad.problem, train_step(engine, batch, targets, 1e-3)
+
+
+@pytest.mark.parametrize("case", [Case(tp=2, pp=2), Case(dp=2, distributed_optimizer=False)], ids=["tp2 pp2", "dp2 plain"])
+def test_a_step_that_is_not_finite_updates_nothing(outcome, world, case: Case) -> None:
+    for problem, after in run_ranks(poisoned, case.size, case, world["make_batch"]):
+        assert problem is not None
+        assert "first not finite on rank" in problem
+        assert "document" in problem
+        assert after.problem is None
+        assert after.loss == pytest.approx(outcome(case.reference())["results"][0].loss, abs=1e-6)
