@@ -80,3 +80,25 @@ def test_layers_find_their_strategy_by_window():
     assert (seq.strategy(), seq.strategy(256)) == (Strategy("ulysses"), Strategy("all_gather"))
     same = SequenceMeta(SequenceLayout("zigzag", 1, 4), RankGroup(), torch.zeros(1, 4), ((0, 4),), "token_ring")
     assert same.strategy(7) == Strategy("token_ring")
+
+
+def test_what_travels_for_latent_attention_is_told():
+    latent = ("model.pattern=*-+-", "parallel.cp=4", "launcher.processes=4")
+    config, listener = config_of(*latent), Listener()
+    announce_choice(config, CPU, listener)
+    assert attention_strategies(config, CPU) == {None: Strategy("ring"), "+": Strategy("ring")}
+    ((kind, fields),) = listener.events
+    assert (kind, fields["travel"]) == ("latent_attention", "latent")
+    assert 0 < fields["latent"] < fields["heads"]
+    assert "latents travel with ring" in listener.messages[0]
+    heads = Listener()
+    announce_choice(config_of(*latent, "model.latent_attention.travel=heads"), CPU, heads)
+    assert heads.events[0][1] == {**fields, "travel": "heads"}
+
+
+def test_auto_chooses_for_latent_attention_by_what_travels_there():
+    config = config_of(*AUTO, "model.pattern=*-+-")
+    chosen, listener = attention_strategies(config, CPU), Listener()
+    announce_choice(config, CPU, listener)
+    assert set(chosen) == {None, "+"}
+    assert any("latent-attention layers" in message for message in listener.messages)
