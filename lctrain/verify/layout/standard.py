@@ -53,6 +53,7 @@ MEGATRON = {
     "hybrid megatron pp2 cp2": f"{HYBRID} parallel.pp=2 parallel.cp=2",
     "MoE megatron tp2 cp2 ep2": f"{MOE} parallel.tp=2 parallel.cp=2 parallel.ep=2",
     "MoE megatron tp2 cp2 ep4": f"{MOE} parallel.tp=2 parallel.cp=2 parallel.ep=4",
+    "MoE megatron tp2 cp2 ep2 etp2": f"{MOE} parallel.tp=2 parallel.cp=2 parallel.ep=2 parallel.etp=2",
     "MoE megatron tp2 ep2 pp2": f"{MOE} parallel.tp=2 parallel.ep=2 parallel.pp=2",
     "hybrid-MoE megatron pp2 cp2 ep2 ulysses": f"{BOTH} parallel.pp=2 parallel.cp=2 parallel.ep=2 parallel.attention=ulysses",
 }
