@@ -151,7 +151,8 @@ def page(results: list[Result], options: argparse.Namespace) -> str:
         f" sequences of {3 * options.pairs} tokens, {BATCH} a step, AdamW, peak learning rate {options.lr:g}.",
         "",
         "The pure model has to keep all pairs in a recurrent state of fixed size. The hybrid's attention layer looks a key up"
-        " among all tokens, after the Mamba-2 layer below it has put each key and its value into one place.",
+        " among all tokens, after the Mamba-2 layer below it has put each key and its value into one place. What the table"
+        " shows is these sizes and this many steps: a pure model that is trained for longer gets further.",
         "",
         f"torch {torch.__version__}, one process, {threads} thread{'s' if threads > 1 else ''}, seed {options.seed}.",
         "",
