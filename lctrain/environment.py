@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import json
 import os
 import platform
 import shutil
@@ -14,6 +15,8 @@ from typing import Any
 
 PACKAGES = ("lctrain", "torch", "numpy", "triton", "hydra-core", "pydantic", "tokenizers", "transformers", "wandb")
 _SOURCE = Path(__file__).resolve().parent.parent
+SNAPSHOT_NOTE = "source.json"
+"""Beside a copy of the package that a batch job runs: the git state of the clone that it was copied from."""
 
 
 def describe_environment() -> dict[str, Any]:
@@ -31,14 +34,30 @@ def describe_environment() -> dict[str, Any]:
         "cores": len(os.sched_getaffinity(0)),
         "memory_gb": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9, 1),
         "gpus": _gpu_names(),
-        "git_commit": _git("rev-parse", "HEAD"),
-        "git_dirty": bool(_git("status", "--porcelain")),
+        **git_state(),
     }
+
+
+def git_state() -> dict[str, Any]:
+    """Commit of lctrain's own clone and whether it has changes; None and False if it is not a clone."""
+    if note := _snapshot_note():
+        return {key: note[key] for key in ("git_commit", "git_dirty")}
+    return {"git_commit": _git("rev-parse", "HEAD"), "git_dirty": bool(_git("status", "--porcelain"))}
 
 
 def git_diff() -> str:
     """Uncommitted changes of tracked files in lctrain's own clone; empty if there are none or it is not a clone."""
+    if note := _snapshot_note():
+        return str(note["git_diff"])
     return _git("diff", "HEAD", strip=False) or ""
+
+
+def _snapshot_note() -> dict[str, Any]:
+    try:
+        note: dict[str, Any] = json.loads((_SOURCE / SNAPSHOT_NOTE).read_text())
+    except (OSError, ValueError):
+        return {}
+    return note
 
 
 def _version(package: str) -> str | None:

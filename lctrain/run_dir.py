@@ -42,21 +42,23 @@ class RunDir:
         self.wandb = self.path / "wandb"
         self.wandb_id = self.path / "wandb.id"
         self.lock = self.path / "lock"
+        self.slurm = self.path / "slurm"
         self._lock_fd: int | None = None
 
     def rank_log(self, rank: int) -> Path:
         """Output and traces of one rank."""
         return self.log / f"rank{rank}.log"
 
-    def prepare(self, patience_s: float = 60.0) -> RunDir:
+    def prepare(self, patience_s: float = 60.0, elsewhere_s: float = 0.0) -> RunDir:
         """Create the folder, take its lock, and note the environment; for the launcher, before it forks.
 
         UserError if the folder cannot be written or another run holds it. The ranks of a launcher that was killed hold it
-        while they save; that is waited for, up to `patience_s`.
+        while they save; that is waited for, up to `patience_s`. `elsewhere_s` is the same for a holder on another machine, of
+        which we cannot know whether it lives: under SLURM that machine may just have died.
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            self._acquire(patience_s)
+            self._acquire(patience_s, elsewhere_s)
         except OSError as error:
             raise UserError(f"run_dir={self.path} cannot be used: {error.strerror}; choose another run_dir") from None
         try:
@@ -97,10 +99,10 @@ class RunDir:
     def __exit__(self, *exception: object) -> None:
         self.release()
 
-    def _acquire(self, patience_s: float) -> None:
+    def _acquire(self, patience_s: float, elsewhere_s: float) -> None:
         # flock belongs to the open file, which forked ranks share: the folder is free only when the last of them has ended.
         fd = os.open(self.lock, os.O_RDWR | os.O_CREAT, 0o644)
-        deadline = time.monotonic() + patience_s
+        began = time.monotonic()
         waiting = False
         try:
             while True:
@@ -108,11 +110,14 @@ class RunDir:
                     fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
                     break
                 holder = os.pread(fd, 100, 0).decode(errors="replace").strip()
-                if _is_alive(holder) or time.monotonic() > deadline:
+                alive = _is_alive(holder)
+                allowed = patience_s if alive is False else elsewhere_s if alive is None else 0.0
+                if time.monotonic() >= began + allowed:
                     raise UserError(f"run_dir={self.path} is in use by pid {holder}; end that run or choose another run_dir")
                 if not waiting:
                     waiting = True
-                    print(f"the launcher of {self.path} (pid {holder}) is gone; waiting for its ranks to end", file=sys.stderr)
+                    what = "has not let go of it" if alive is None else "is gone; waiting for its ranks to end"
+                    print(f"the launcher of {self.path} (pid {holder}) {what}", file=sys.stderr)
                 time.sleep(0.05)
             os.ftruncate(fd, 0)
             os.pwrite(fd, f"{os.getpid()} on {os.uname().nodename}\n".encode(), 0)
@@ -154,11 +159,23 @@ def command_line(without: str | None = None) -> str:
     return shlex.join([*program, *arguments])
 
 
-def _is_alive(holder: str) -> bool:
-    """Whether the process named in a lock lives; one on another machine is taken to."""
+def lock_holder(run: RunDir) -> tuple[str, bool | None]:
+    """(`PID on HOST` of the launcher noted last, whether it lives); ("", False) if there never was one.
+
+    None for one on another machine, of which this one cannot know.
+    """
+    try:
+        holder = run.lock.read_text(errors="replace").strip()
+    except OSError:
+        return "", False
+    return holder, _is_alive(holder)
+
+
+def _is_alive(holder: str) -> bool | None:
+    """Whether the process named in a lock lives; None if it is on another machine."""
     pid, _, host = holder.partition(" on ")
     if host != os.uname().nodename or not pid.isdigit():
-        return bool(holder)
+        return None if holder else False
     try:
         os.kill(int(pid), 0)
     except ProcessLookupError:

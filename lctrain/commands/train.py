@@ -1,10 +1,12 @@
-"""Train a model; start the processes on this machine or join those of torchrun.
+"""Train a model; start the processes on this machine, join those of torchrun or srun, or submit a SLURM job.
 
-usage: lctrain train [model=PRESET] [data=CHOICE] [recipe=CHOICE] [name=value ...] [--config-dir DIR]
+usage: lctrain train [model=PRESET] [data=CHOICE] [recipe=CHOICE] [name=value ...] [--config-dir DIR] [--dry-run]
 
   lctrain train model=tiny
   lctrain train model=tiny launcher.processes=4 parallel.cp=2 trainer.seq_len=8192
   torchrun --nproc-per-node 4 -m lctrain train model=tiny parallel.cp=4
+  lctrain train model=tiny launcher=slurm launcher.nodes=4 launcher.processes_per_node=8 --dry-run
+  lctrain train model=tiny launcher=slurm_array optim.lr=1e-3,3e-4
 
 Run the same command again to continue from the newest whole checkpoint of run_dir.
 """
@@ -19,6 +21,7 @@ from typing import TYPE_CHECKING
 
 from lctrain.config.load import load
 from lctrain.config.schema import TrainConfig
+from lctrain.config.sweep import load_sweep
 from lctrain.errors import UserError
 
 if TYPE_CHECKING:
@@ -33,6 +36,7 @@ def main(args: list[str]) -> int:
     """Run the command."""
     from lctrain.launch.process import Process
 
+    args = ["launcher.dry_run=true" if argument == "--dry-run" else argument for argument in args]
     process = Process.from_env()
     if process is None:
         return _start_processes(args)
@@ -55,7 +59,12 @@ def _start_processes(args: list[str]) -> int:
     os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
     try:
         with stop_at_once():
-            config = load(TrainConfig, "train", args)
+            configs = load_sweep(args)
+            config = configs[0].config
+            if config.launcher.is_slurm:
+                from lctrain.launch.slurm import submit
+
+                return submit(configs)
             with _prepare(config):
                 from lctrain.launch.local import launch_local
 
@@ -87,21 +96,28 @@ def _train(config: TrainConfig, process: Process) -> int:
 
 def _join_processes(args: list[str], process: Process) -> int:
     """One rank that torchrun, or anything that sets its variables, has started."""
+    return join(load(TrainConfig, "train", [*args, f"launcher.processes={process.world_size}"]), process)
+
+
+def join(config: TrainConfig, process: Process, elsewhere_s: float = 0.0) -> int:
+    """Be one rank of a run that others have started; they meet at MASTER_ADDR and MASTER_PORT.
+
+    elsewhere_s: how long a lock of another machine is waited for (RunDir.prepare).
+    """
     from lctrain.checkpoint.agree import from_rank_0
     from lctrain.devices import choose_device
     from lctrain.launch.process import init_process_group
 
-    config = load(TrainConfig, "train", [*args, f"launcher.processes={process.world_size}"])
     device = choose_device(config.engine.device, process.local_rank, process.local_size)
     init_process_group(process, None, device.type, config.launcher.timeout_s)
     with ExitStack() as held:
-        from_rank_0(lambda: held.enter_context(_prepare(config)) and None)
+        from_rank_0(lambda: held.enter_context(_prepare(config, elsewhere_s)) and None)
         status = _train(config, process)
     sys.stdout.flush()
     return status
 
 
-def _prepare(config: TrainConfig) -> RunDir:
+def _prepare(config: TrainConfig, elsewhere_s: float = 0.0) -> RunDir:
     """What happens once per run, before any rank trains: the corpora exist and fit, the run directory is ours."""
     from lctrain.data.prepare import ensure_corpora
     from lctrain.run_dir import RunDir
@@ -109,4 +125,4 @@ def _prepare(config: TrainConfig) -> RunDir:
 
     check_wandb(config)
     ensure_corpora(config.data, config.model.vocab_size)
-    return RunDir(config.run_dir).prepare()
+    return RunDir(config.run_dir).prepare(elsewhere_s=elsewhere_s)

@@ -13,6 +13,7 @@ from pydantic import Field, model_validator
 from lctrain.config.cluster import ClusterConfig
 from lctrain.config.deepspeed import check_deepspeed
 from lctrain.config.latent_attention import LatentAttentionConfig
+from lctrain.config.launcher import LauncherConfig
 from lctrain.config.mamba import LinearAttentionConfig, MambaConfig, check_layout
 from lctrain.config.model_parallel import check_model_parallel
 from lctrain.config.moe import MoeConfig, RoutedHeadsConfig
@@ -318,21 +319,6 @@ class CheckpointConfig(Strict):
     """Checkpoints at multiples of this many steps are kept for good."""
 
 
-class LauncherConfig(Strict):
-    """Who starts the processes."""
-
-    kind: Literal["local"] = "local"
-    """local: this command starts them on this machine (under torchrun, torchrun's processes are used instead)."""
-    processes: Positive = 1
-    """Processes to start."""
-    threads: Positive | None = None
-    """CPU threads per process; null: the machine's cores / processes, at least 1."""
-    timeout_s: Positive = 600
-    """Seconds after which a blocked collective counts as failed."""
-    grace_s: Positive = 30
-    """Seconds the other processes get to end after one has died. (A second stop signal ends them at once.)"""
-
-
 class WandbConfig(Strict):
     """Weights & Biases."""
 
@@ -392,7 +378,7 @@ class TrainConfig(Strict):
 
     @model_validator(mode="after")
     def _check(self) -> TrainConfig:
-        self.check_layout(self.launcher.processes)
+        self._check_processes()
         check_layout(set(self.model.pattern), self.parallel.layout, self.parallel.cp)
         if "L" in self.model.pattern:
             self.model.linear_attention.check_run(self.parallel.tp)
@@ -406,6 +392,16 @@ class TrainConfig(Strict):
                 f"trainer.stages cover {staged} steps of trainer.steps={self.trainer.steps}: leave one or more for seq_len"
             )
         return self
+
+    def _check_processes(self) -> None:
+        launcher = self.launcher
+        try:
+            self.check_layout(launcher.processes)
+        except ValueError as error:
+            if launcher.is_slurm:
+                counted = f"launcher.nodes={launcher.nodes} x launcher.processes_per_node={launcher.processes_per_node}"
+                raise ValueError(f"{error} (launcher.processes is {counted})") from None
+            raise
 
     def mesh(self, rank: int, processes: int) -> ProcessMesh:
         """The grid of `processes` processes, seen from `rank`; ValueError if the layout does not divide."""

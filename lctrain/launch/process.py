@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from datetime import timedelta
 
 from lctrain.errors import UserError
+from lctrain.launch.slurm_env import set_meeting_place, srun_task
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,9 +22,10 @@ class Process:
 
     @classmethod
     def from_env(cls, env: Mapping[str, str] = os.environ) -> Process | None:
-        """The process that torchrun (or a launcher that sets the same variables) started, None if none of them did."""
+        """The process that torchrun (or a launcher that sets the same variables) or srun started, None if none of them did."""
         if "RANK" not in env or "WORLD_SIZE" not in env:
-            return None
+            task = srun_task(env)
+            return cls(*task) if task is not None else None
         try:
             rank, world_size = int(env["RANK"]), int(env["WORLD_SIZE"])
             process = cls(rank, world_size, int(env.get("LOCAL_RANK", rank)), int(env.get("LOCAL_WORLD_SIZE", world_size)))
@@ -37,7 +39,8 @@ class Process:
 def init_process_group(process: Process, rendezvous: str | None, device: str, timeout_s: float) -> None:
     """Join the run's default process group; also a run of one process gets one, so that no caller needs a special case.
 
-    rendezvous: a `file://` URL on this machine, fresh for every launch, or None for torchrun's MASTER_ADDR and MASTER_PORT.
+    rendezvous: a `file://` URL on this machine, fresh for every launch, or None for the MASTER_ADDR and MASTER_PORT of torchrun
+        or SLURM.
     device: `cpu` takes gloo; `cuda` takes NCCL for CUDA tensors and gloo for CPU tensors, and selects this process's device.
     timeout_s: a collective, or the meeting itself, that is blocked for longer raises.
     """
@@ -49,6 +52,8 @@ def init_process_group(process: Process, rendezvous: str | None, device: str, ti
     if rendezvous is not None:
         # All ranks are on this machine: do not depend on whether its host name resolves.
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    else:
+        set_meeting_place(os.environ)
     alone = process.world_size == 1
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo",

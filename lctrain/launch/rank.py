@@ -68,7 +68,7 @@ def run_rank(
     try:
         default_signals()
         _end_with(launcher)
-        _redirect(process, log)
+        redirect(process, log)
         os.environ["OMP_NUM_THREADS"] = str(threads)
         torch.set_num_threads(threads)
         status = int(entry(config, process, rendezvous) or 0)
@@ -78,8 +78,8 @@ def run_rank(
         Report(process.rank, time.monotonic(), True, str(error)[:_LONGEST_MESSAGE]).send(reports)
         status = 2
     except BaseException as error:
-        Report(process.rank, time.monotonic(), False, _one_line(error)[:_LONGEST_MESSAGE]).send(reports)
-        _write_trace(log)
+        Report(process.rank, time.monotonic(), False, one_line(error)[:_LONGEST_MESSAGE]).send(reports)
+        write_trace(log)
     finally:
         for stream in (sys.stdout, sys.stderr):
             with contextlib.suppress(OSError, ValueError):  # the terminal may be gone
@@ -94,7 +94,7 @@ def _end_with(launcher: int) -> None:
         os._exit(128 + signal.SIGTERM)
 
 
-def _redirect(process: Process, log: Path | None) -> None:
+def redirect(process: Process, log: Path | None) -> None:
     """Rank 0 speaks to the terminal and the others to their logs; nobody waits for keys; a fatal signal leaves a trace."""
     nothing = os.open(os.devnull, os.O_RDONLY)
     os.dup2(nothing, 0)
@@ -113,7 +113,7 @@ def _redirect(process: Process, log: Path | None) -> None:
         sys.stderr = os.fdopen(2, "w", buffering=1, closefd=False)
 
 
-def _one_line(error: BaseException) -> str:
+def one_line(error: BaseException) -> str:
     """`ValueError: what it says (file.py:12)`, with the innermost place in lctrain's own code if there is one."""
     text = "".join(traceback.format_exception_only(error)).strip().splitlines()[0]
     frames = traceback.extract_tb(error.__traceback__)
@@ -122,7 +122,8 @@ def _one_line(error: BaseException) -> str:
     return f"{text} ({os.path.basename(place.filename)}:{place.lineno})"
 
 
-def _write_trace(log: Path | None) -> None:
+def write_trace(log: Path | None) -> None:
+    """Append the trace of the exception being handled to the log, or write it to stderr."""
     trace = traceback.format_exc()
     if log is None:
         sys.stderr.write(trace)

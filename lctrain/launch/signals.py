@@ -25,6 +25,9 @@ class StopRequest:
     insisted: True if a signal came again more than a second later. A rank ignores it, as its peers need it until the step's
         end and launchers repeat themselves; a launcher takes it as the order to end its ranks at once.
 
+    Inside another StopRequest that was already asked, it is asked from the beginning: a run that was told to stop while it
+    started up stops at its first chance.
+
     The handler only sets attributes. Signals that were ignored before (nohup, background jobs of a shell script) stay ignored,
     and outside of the main thread, where Python cannot handle signals, nothing is ever requested.
     """
@@ -47,6 +50,10 @@ class StopRequest:
             for number in STOP_SIGNALS:
                 if signal.getsignal(number) is not signal.SIG_IGN:
                     self._previous[number] = signal.signal(number, self._handle)
+            for handler in self._previous.values():
+                outer = getattr(handler, "__self__", None)
+                if isinstance(outer, StopRequest) and outer.requested and self.requested is None:
+                    self.requested, self._first = outer.requested, outer._first
         return self
 
     def __exit__(self, *exception: object) -> None:
