@@ -2,6 +2,7 @@
 
 (out, lse) over one set of keys and (out', lse') over a disjoint set combine to the result over both:
     lse'' = log(exp(lse) + exp(lse')),   out'' = out + sigmoid(lse' - lse) * (out' - out)
+It is the same idea as lctrain.kernels.ssd.merge, which sums up stretches of a recurrence; this combine commutes, too.
 The formula that most libraries use turns two empty rows (lse = -inf twice) into NaN; here they stay empty.
 """
 
