@@ -308,17 +308,24 @@ def test_a_checkpoint_goes_on_under_another_engine_and_grid(outcome, world, name
         assert ours.grad_norm == pytest.approx(theirs.grad_norm, rel=1e-5)
 
 
-def test_half_precision_stays_near_one_process(outcome) -> None:
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(tp=2, pp=2, dtype="bf16"),
+        Case(dp=2, dtype="bf16", distributed_optimizer=False),
+        Case(pp=2, virtual_stages=2, pattern="M-E-", dtype="bf16"),
+    ],
+    ids=["tp2 pp2", "dp2, plain optimizer", "interleaved, fp32 states and routers"],
+)
+def test_half_precision_stays_near_one_process(outcome, case: Case) -> None:
     """Weights are bf16 and main weights fp32: what differs from one process is rounding, and not the initial weights."""
-    theirs = outcome(Case("torch", dtype="bf16"))
-    for case in (Case(tp=2, pp=2, dtype="bf16"), Case(dp=2, dtype="bf16", distributed_optimizer=False)):
-        ours = outcome(case)
-        for mine, other in zip(ours["results"], theirs["results"], strict=True):
-            assert mine.loss == pytest.approx(other.loss, abs=2e-3)
-            assert mine.grad_norm == pytest.approx(other.grad_norm, rel=2e-2)
-        for name, weight in theirs["weights"].items():
-            assert weight.dtype == ours["weights"][name].dtype == torch.float32
-            assert float((ours["weights"][name] - weight).abs().max()) < 4e-3, name
+    theirs, ours = outcome(case.reference()), outcome(case)
+    for mine, other in zip(ours["results"], theirs["results"], strict=True):
+        assert mine.loss == pytest.approx(other.loss, abs=2e-3)
+        assert mine.grad_norm == pytest.approx(other.grad_norm, rel=2e-2)
+    for name, weight in theirs["weights"].items():
+        assert weight.dtype == ours["weights"][name].dtype == torch.float32
+        assert float((ours["weights"][name] - weight).abs().max()) < 4e-3, name
 
 
 def poisoned(rank: int, size: int, case: Case, make_batch: Callable) -> tuple[str | None, StepResult]:

@@ -170,9 +170,9 @@ class MegatronEngine:
             overlap_grad_reduce=True,
             use_distributed_optimizer=self.config.engine.distributed_optimizer,
         )
-        return DistributedDataParallel(
-            self.megatron_config, settings, stage, disable_bucketing=index > 0, pg_collection=self.collection
-        )
+        # Every bucket by itself: with disable_bucketing a piece's bf16 and fp32 weights are gathered in one coalesced call,
+        # which gloo carries out in the first one's dtype.
+        return DistributedDataParallel(self.megatron_config, settings, stage, pg_collection=self.collection)
 
     def _connect(self) -> None:
         """Give the schedules their hooks into data parallelism."""
