@@ -1,7 +1,7 @@
 """Tensors to and from a folder through torch.distributed.checkpoint, which can read what another number of ranks has written.
 
-Its metadata file is a pickle, which could run code when it is read: `load_tensors` is only for folders whose files have been
-found to match their manifest, so that at least damage never reaches the unpickler. Tensors themselves are read weights-only.
+Its metadata file is a pickle, which could run code when it is read: it goes through a restricted unpickler that knows torch's
+records and nothing else. Tensors themselves are read weights-only.
 """
 
 from __future__ import annotations
@@ -16,11 +16,25 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
-from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
 
 from lctrain.checkpoint.agree import is_distributed
 from lctrain.checkpoint.state import shape_text
+from lctrain.checkpoint.unpickle import load_pickle
 from lctrain.errors import UserError
+
+
+class Reader(dcp.FileSystemReader):
+    """torch's reader, but its metadata is unpickled without running code; UserError if it asks for that."""
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        """The checkpoint's list of tensors and where they lie."""
+        metadata = load_pickle(Path(self.path) / ".metadata")
+        if not isinstance(metadata, Metadata):
+            raise UserError(f"{self.path}/.metadata is not of torch.distributed.checkpoint")
+        metadata.storage_meta = metadata.storage_meta or StorageMeta()
+        metadata.storage_meta.load_id = self.load_id
+        return metadata
 
 
 class _Writer(dcp.FileSystemWriter):
@@ -64,7 +78,7 @@ def load_tensors(folder: Path, tensors: dict[str, torch.Tensor]) -> None:
     """Fill tensors in place, whatever the sharding they were saved in. Collective."""
     planner = DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
     with _quiet():
-        dcp.load(tensors, storage_reader=dcp.FileSystemReader(folder), planner=planner, no_dist=not is_distributed())
+        dcp.load(tensors, storage_reader=Reader(folder), planner=planner, no_dist=not is_distributed())
 
 
 def stored_names(folder: Path) -> set[str]:
@@ -96,4 +110,4 @@ def _quiet() -> Iterator[None]:
 
 
 def _metadata(folder: Path) -> Metadata:
-    return dcp.FileSystemReader(folder).read_metadata()
+    return Reader(folder).read_metadata()

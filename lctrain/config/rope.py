@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import model_validator
+from pydantic import Field, model_validator
 
-from lctrain.config.strict import NonNegativeFloat, Positive, PositiveFloat, Strict
+from lctrain.config.strict import Fraction, NonNegativeFloat, Positive, PositiveFloat, Strict
 
 
 class RopeConfig(Strict):
@@ -14,6 +14,8 @@ class RopeConfig(Strict):
 
     theta: PositiveFloat = 10_000.0
     """Base of the rotation frequencies."""
+    fraction: Annotated[Fraction, Field(gt=0)] = 1.0
+    """Share of a head's entries that is rotated (Bamba: 0.5): pair i is entries i and i + head_dim / 2, and the last pairs stay."""
     scaling: Literal["none", "linear", "yarn", "llama3"] = "none"
     """Rule that stretches the frequencies: none, linear (position interpolation), yarn, or llama3 (by-part smoothing)."""
     factor: PositiveFloat = 1.0
@@ -37,6 +39,8 @@ class RopeConfig(Strict):
     def _check(self) -> RopeConfig:
         if self.scaling == "none" and self.factor != 1.0:
             raise ValueError(f"rope.factor={self.factor} has no effect with rope.scaling=none; choose linear, yarn or llama3")
+        if self.fraction < 1 and self.scaling == "yarn":
+            raise ValueError(f"rope.fraction={self.fraction} does not go with rope.scaling=yarn; choose linear or llama3")
         if self.high_freq_factor <= self.low_freq_factor:
             raise ValueError(
                 f"rope.high_freq_factor={self.high_freq_factor} must exceed rope.low_freq_factor={self.low_freq_factor}"

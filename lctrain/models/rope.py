@@ -17,7 +17,12 @@ def inverse_frequencies(config: RopeConfig, head_dim: int) -> tuple[Tensor, floa
     """Radians per position of each rotated pair, fp64 [head_dim / 2], and the factor on cos and sin (yarn's temperature).
 
     linear: Chen et al. 2023 (position interpolation); yarn: Peng et al. 2023; llama3: the rule published with Llama 3.1.
+    Pairs beyond `config.fraction` do not turn.
     """
+    if config.fraction < 1:
+        rotated = int(head_dim * config.fraction) // 2 * 2
+        inverse, temperature = inverse_frequencies(config.model_copy(update={"fraction": 1.0}), rotated)
+        return torch.cat([inverse, inverse.new_zeros((head_dim - rotated) // 2)]), temperature
     half = torch.arange(0, head_dim, 2, dtype=torch.float64)
     inverse = config.theta ** (-half / head_dim)
     if config.scaling == "none":
