@@ -16,6 +16,7 @@ from lctrain.data.tokenizers import Tokenizer
 from lctrain.devices import DTYPES
 from lctrain.errors import UserError
 from lctrain.models.model import LanguageModel
+from lctrain.models.moe.moe import TaskState
 from lctrain.run_dir import RunDir
 
 
@@ -37,14 +38,26 @@ def load_run(path: str, checkpoint: str | None, device: torch.device) -> tuple[T
 
 
 def generate(
-    model: LanguageModel, prompt: Tensor, tokens: int, eod: int, temperature: float, top_k: int, top_p: float, seed: int
+    model: LanguageModel,
+    prompt: Tensor,
+    tokens: int,
+    eod: int,
+    temperature: float,
+    top_k: int,
+    top_p: float,
+    seed: int,
+    task: int = 0,
 ) -> Iterator[int]:
     """Token ids that continue `prompt` (int64 [n], n >= 1): at most `tokens`, and none from the end-of-document id on.
 
-    Draws from softmax(logits / temperature), cut to the top_k likeliest and then to the smallest set of mass top_p.
+    Draws from softmax(logits / temperature), cut to the top_k likeliest and then to the smallest set of mass top_p. task: the
+    gate of a task-conditioned router.
     """
     generator = torch.Generator().manual_seed(seed)
     state, newest = model.new_state(), prompt[None]
+    for memory in state:
+        if isinstance(memory, TaskState):
+            memory.task = task
     for _ in range(tokens):
         logits = model.decode(newest, state)[0].cpu()
         token = draw(logits, temperature, top_k, top_p, generator)

@@ -21,10 +21,14 @@ def main(args: list[str]) -> int:
 
     from lctrain.data.tokenizers import load_tokenizer
     from lctrain.devices import choose_device
+    from lctrain.errors import UserError
     from lctrain.sample import TextStream, generate, load_run
 
     device = choose_device(config.device)
     run, model, step = load_run(config.run, config.checkpoint, device)
+    tasks = run.model.moe.router.tasks if "E" in run.model.pattern else 1
+    if config.task >= tasks:
+        raise UserError(f"task={config.task}: the model of {config.run} has gates for tasks 0 to {tasks - 1}")
     tokenizer = load_tokenizer(run.data.tokenizer)
     ids = tokenizer.encode(config.prompt).astype(np.int64).tolist()
     prompt = torch.tensor(ids or [tokenizer.eod], device=device)  # after a document's end comes a new document
@@ -32,7 +36,7 @@ def main(args: list[str]) -> int:
     for number in range(config.samples):
         stream = TextStream(tokenizer)
         print(config.prompt, end="", flush=True)
-        settings = (config.temperature, config.top_k, config.top_p, config.seed + number)
+        settings = (config.temperature, config.top_k, config.top_p, config.seed + number, config.task)
         for token in generate(model, prompt, config.tokens, tokenizer.eod, *settings):
             print(stream.push(token), end="", flush=True)
         print(stream.finish(), "\n---", sep="", flush=True)

@@ -28,6 +28,8 @@ class SampleConfig(Strict):
     """Draw from the smallest set of likeliest tokens that holds this share of the probability."""
     samples: Positive = 1
     """Texts to generate, one after the other."""
+    task: NonNegative = 0
+    """Whose gate a model with model.moe.router.tasks uses: the place of a corpus in the run's data.corpora."""
     seed: NonNegative = 0
     """Seed of the draws."""
     device: Literal["auto", "cpu", "cuda"] = "auto"

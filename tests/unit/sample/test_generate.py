@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from lctrain.config.moe import MoeConfig, RouterConfig
 from lctrain.config.schema import AttentionConfig, ModelConfig
 from lctrain.errors import UserError
 from lctrain.models.init import initialise
@@ -18,8 +19,8 @@ class Counter:
     def __init__(self) -> None:
         self.given: list[list[int]] = []
 
-    def new_state(self) -> None:
-        return None
+    def new_state(self) -> list[None]:
+        return []
 
     def decode(self, tokens: torch.Tensor, state: None) -> torch.Tensor:
         self.given.append(tokens[0].tolist())
@@ -54,6 +55,14 @@ def model() -> LanguageModel:
     model = LanguageModel(config)
     initialise(model, 0)
     return model.eval()
+
+
+def test_every_task_has_a_gate_of_its_own() -> None:
+    moe = MoeConfig(n_experts=8, top_k=1, d_ff=16, router=RouterConfig(tasks=2, renormalise=False))
+    model = LanguageModel(ModelConfig(pattern="*E*E", d_model=16, vocab_size=11, moe=moe, init_std=0.5))
+    initialise(model, 0)
+    texts = [list(generate(model.eval(), torch.tensor([1, 2]), 20, EOD, 0.0, 0, 1.0, 0, task)) for task in (0, 1, 0)]
+    assert texts[0] == texts[2] != texts[1]
 
 
 def test_the_cache_changes_nothing(model) -> None:
