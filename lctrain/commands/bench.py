@@ -1,12 +1,13 @@
 """Measure speed, memory and traffic, side by side with what others would use.
 
-usage: lctrain bench {step,attention,simulate,ssd} [name=value ...]
+usage: lctrain bench {step,attention,simulate,ssd,moe} [name=value ...]
 
   lctrain bench step model=small seq=1024,4096
   lctrain bench attention strategies=ring,all_gather cp=2,4 seq=8192,16384
   lctrain bench attention --peers
   lctrain bench simulate cp=2,4 seq=4096,8192
   lctrain bench ssd seq=8192,16384
+  lctrain bench moe experts=8,64
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ from lctrain.subcommands import subcommands
 
 def main(args: list[str]) -> int:
     """Run the command."""
-    return subcommands("bench", {"step": _step, "attention": _attention, "simulate": _simulate, "ssd": _ssd}, args)
+    known = {"step": _step, "attention": _attention, "simulate": _simulate, "ssd": _ssd, "moe": _moe}
+    return subcommands("bench", known, args)
 
 
 def _step(args: list[str]) -> int:
@@ -95,3 +97,20 @@ def _ssd(args: list[str]) -> int:
     from lctrain.bench.ssd import bench_ssd
 
     return bench_ssd(config)
+
+
+def _moe(args: list[str]) -> int:
+    """Time a mixture of experts, or its experts alone, beside a loop over experts and a dense network of as many operations.
+
+    usage: lctrain bench moe [part=layer] [experts=8,64] [seq=8192] [name=value ...]
+
+      lctrain bench moe output=moe.json
+      lctrain bench moe part=layer top_k=8 experts=128 d_ff=96 dtype=bf16
+    """
+    from lctrain.config.bench_moe import MoeBenchConfig
+    from lctrain.config.load import load
+
+    config = load(MoeBenchConfig, "bench_moe", args)
+    from lctrain.bench.moe import bench_moe
+
+    return bench_moe(config)
