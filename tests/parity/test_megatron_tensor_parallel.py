@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from lctrain.config.schema import AttentionConfig, MlpConfig, ModelConfig
+from lctrain.config.schema import AttentionConfig, MlpConfig, ModelConfig, RoutedHeadsConfig
 from lctrain.launch.ranks import run_ranks
 from lctrain.models.init import initialise
 from lctrain.models.model import LanguageModel
@@ -30,6 +30,13 @@ MODELS = {
         tie_embeddings=True,
         attention=AttentionConfig(n_heads=12, n_kv_heads=1, head_dim=8, window=5, **FULL),
         mlp=MlpConfig(d_ff=36, activation="gelu", bias=True),
+    ),
+    "routed heads": ModelConfig(
+        pattern="*-",
+        d_model=24,
+        vocab_size=36,
+        attention=AttentionConfig(n_heads=6, n_kv_heads=2, head_dim=4, routed_heads=RoutedHeadsConfig(shared=1, top_k=2)),
+        mlp=MlpConfig(d_ff=36),
     ),
     "two KV heads": ModelConfig(
         pattern="*-*-",
@@ -80,6 +87,7 @@ def compare(rank: int, size: int, model: ModelConfig, length: int, rows: int, ch
         ("one KV head, biases, norms, sinks, tied", 2, 11, 1, False),
         ("one KV head, biases, norms, sinks, tied", 4, 13, 2, True),
         ("two KV heads", 2, 15, 2, False),
+        ("routed heads", 2, 13, 2, True),
         ("two KV heads", 4, 9, 1, False),
         ("two KV heads", 2, 2, 1, False),
     ],
