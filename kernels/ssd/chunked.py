@@ -113,40 +113,40 @@ class _Ssd(torch.autograd.Function):
 def _added(problem: Problem, B: Tensor, out: Tensor) -> Tensor:
     """Fill `out` [R, chunks, G, N, H/G P] with what each chunk leaves behind; returns what it lets through, [R, chunks, H]."""
     through = out.new_empty(problem.rows, problem.chunks, problem.heads)
-    for chunks, tokens, q in problem.panels():
-        decays = problem.decays(tokens, q)
-        through[:, chunks] = decays.through
-        _, v = problem.values(tokens, q)
+    for panel in problem.panels():
+        decays = problem.decays(panel)
+        through[panel.rows, panel.chunks] = decays.through
+        _, v = problem.values(panel)
         held = problem.by_group(v * decays.to_end.unsqueeze(-1))
-        out[:, chunks] = problem.grouped(B, tokens, q).transpose(-1, -2) @ held
+        out[panel.rows, panel.chunks] = problem.grouped(B, panel).transpose(-1, -2) @ held
     return through
 
 
 def _seen(problem: Problem, C: Tensor, dy: Tensor, out: Tensor) -> None:
     """Fill `out` with the gradient of the state entering each chunk, as far as it comes from the chunk's own outputs."""
-    for chunks, tokens, q in problem.panels():
-        slope = dy[:, tokens].to(problem.dtype).unflatten(1, (-1, q)) * problem.decays(tokens, q).from_start.unsqueeze(-1)
-        out[:, chunks] = problem.grouped(C, tokens, q).transpose(-1, -2) @ problem.by_group(slope)
+    for panel in problem.panels():
+        slope = panel.of(dy).to(problem.dtype) * problem.decays(panel).from_start.unsqueeze(-1)
+        out[panel.rows, panel.chunks] = problem.grouped(C, panel).transpose(-1, -2) @ problem.by_group(slope)
 
 
 def _outputs(problem: Problem, B: Tensor, C: Tensor, D: Tensor | None, states: Tensor) -> Tensor:
     y = torch.empty_like(problem.x)
-    for chunks, tokens, q in problem.panels():
-        decays = problem.decays(tokens, q)
-        x, v = problem.values(tokens, q)
-        c = problem.grouped(C, tokens, q)
-        scores = c @ problem.grouped(B, tokens, q).transpose(-1, -2)  # R k G q q
+    for panel in problem.panels():
+        decays = problem.decays(panel)
+        x, v = problem.values(panel)
+        c = problem.grouped(C, panel)
+        scores = c @ problem.grouped(B, panel).transpose(-1, -2)  # r k G q q
         mixing = _mix(problem.between(decays)[0], scores)
-        out = problem.by_head(c @ states[:, chunks]).mul_(decays.from_start.unsqueeze(-1))
+        out = problem.by_head(c @ states[panel.rows, panel.chunks]).mul_(decays.from_start.unsqueeze(-1))
         out += (mixing @ v.transpose(2, 3)).transpose(2, 3)
         if D is not None:
             out.addcmul_(x, D.to(x.dtype).unsqueeze(-1))
-        y[:, tokens] = out.flatten(1, 2)
+        y[panel.rows, panel.tokens] = out.flatten(1, 2)
     return y
 
 
 def _mix(between: Tensor, scores: Tensor) -> Tensor:
-    """[R|1, k|1, H, q, q] times [R, k, G, q, q], each group's scores for all of its heads: [R, k, H, q, q]."""
+    """[r|1, k|1, H, q, q] times [r, k, G, q, q], each group's scores for all of its heads: [r, k, H, q, q]."""
     groups = scores.shape[2]
     return (between.unflatten(2, (groups, -1)) * scores.unsqueeze(3)).flatten(2, 3)
 
@@ -159,13 +159,13 @@ def _gradients(
     dx, dB, dC = (torch.empty_like(t) for t in (x_all, B, C))
     ddt = None if dt_all is None else torch.empty_like(dt_all)
     dA, dD = (problem.A.new_zeros(problem.heads, dtype=torch.float64) for _ in range(2))
-    for chunks, tokens, q in problem.panels():
-        decays = problem.decays(tokens, q)
-        before = states[:, chunks]
-        dafter = dstates[:, chunks.start + 1 : chunks.stop + 1]
-        x, v = problem.values(tokens, q)
-        slope = dy[:, tokens].to(wide).unflatten(1, (-1, q))
-        b, c = problem.grouped(B, tokens, q), problem.grouped(C, tokens, q)
+    for panel in problem.panels():
+        decays = problem.decays(panel)
+        before = states[panel.rows, panel.chunks]
+        dafter = dstates[panel.rows, panel.chunks.start + 1 : panel.chunks.stop + 1]
+        x, v = problem.values(panel)
+        slope = panel.of(dy).to(wide)
+        b, c = problem.grouped(B, panel), problem.grouped(C, panel)
         scores = c @ b.transpose(-1, -2)
         between, apart = problem.between(decays)
         slope_h, v_h = (t.transpose(2, 3).contiguous() for t in (slope, v))
@@ -179,9 +179,11 @@ def _gradients(
         # Through the state before and the state after.
         seen = slope * decays.from_start.unsqueeze(-1)
         held = v * decays.to_end.unsqueeze(-1)
-        entering = torch.mul(problem.by_head(c @ before), seen).sum(-1)  # R k q H
-        dC[:, tokens] = _tokens(problem.by_group(seen) @ before.transpose(-1, -2) + dscores @ b)
-        dB[:, tokens] = _tokens(problem.by_group(held) @ dafter.transpose(-1, -2) + dscores.transpose(-1, -2) @ c)
+        entering = torch.mul(problem.by_head(c @ before), seen).sum(-1)  # r k q H
+        dC[panel.rows, panel.tokens] = _tokens(problem.by_group(seen) @ before.transpose(-1, -2) + dscores @ b)
+        dB[panel.rows, panel.tokens] = _tokens(
+            problem.by_group(held) @ dafter.transpose(-1, -2) + dscores.transpose(-1, -2) @ c
+        )
         dheld = problem.by_head(b @ dafter)
         leaving = (held * dheld).sum(-1)
         dv = torch.addcmul(dv, dheld, decays.to_end.unsqueeze(-1))
@@ -192,8 +194,8 @@ def _gradients(
             assert ddt is not None
             inner = ((pairs.sum(-1) - pairs.sum(-2)).transpose(2, 3) + entering).double()
             dgrowth = decays.same.transpose(-1, -2) @ inner + (decays.same @ leaving.double() - leaving) + passing.unsqueeze(2)
-            ddt[:, tokens] = ((x * dv).sum(-1) + dgrowth * problem.A.double()).flatten(1, 2).to(ddt.dtype)
-            dv *= dt_all[:, tokens].to(wide).unflatten(1, (-1, q)).unsqueeze(-1)
+            ddt[panel.rows, panel.tokens] = ((x * dv).sum(-1) + dgrowth * problem.A.double()).flatten(1, 2).to(ddt.dtype)
+            dv *= panel.of(dt_all).to(wide).unsqueeze(-1)
         if need_dA:  # every product with the time that it took: no two large sums are subtracted
             last = decays.elapsed[:, :, -1:]
             dA += (pairs * apart).sum((-1, -2)).sum((0, 1), dtype=torch.float64)
@@ -202,15 +204,15 @@ def _gradients(
         if D is not None:
             dD += (slope * x).sum(-1).sum((0, 1, 2), dtype=torch.float64)
             dv.addcmul_(slope, D.to(wide).unsqueeze(-1))
-        dx[:, tokens] = dv.flatten(1, 2)
+        dx[panel.rows, panel.tokens] = dv.flatten(1, 2)
     return dx, ddt, dA.to(problem.A.dtype) if need_dA else None, dB, dC, None if D is None else dD.to(D.dtype)
 
 
 def _tokens(t: Tensor) -> Tensor:
-    """[R, k, G, q, N] -> [R, k q, G, N]."""
+    """[r, k, G, q, N] -> [r, k q, G, N]."""
     return t.transpose(2, 3).flatten(1, 2)
 
 
 def _per_head(problem: Problem, t: Tensor) -> Tensor:
-    """[R, k, G, N, H/G P] summed for each head: [R, k, H]."""
+    """[r, k, G, N, H/G P] summed for each head: [r, k, H]."""
     return t.sum(3).unflatten(3, (problem.each, problem.size)).sum(-1).flatten(2, 3)

@@ -24,14 +24,28 @@ SMALLEST = {torch.float32: -100.0, torch.float64: -1000.0}
 """Exponent of 2 below which a decay counts as 0."""
 
 
+class Panel(NamedTuple):
+    """Some chunks of some rows."""
+
+    rows: slice
+    chunks: slice
+    tokens: slice
+    q: int
+    """Tokens per chunk."""
+
+    def of(self, t: Tensor) -> Tensor:
+        """[R, T, ...] -> its part [r, k, q, ...]."""
+        return t[self.rows, self.tokens].unflatten(1, (-1, self.q))
+
+
 class Decays(NamedTuple):
     """Of the chunks in a panel, q tokens each."""
 
-    same: Tensor  # fp64 [R|1, k|1, q, q]: 1 for tokens j <= i of one document
-    elapsed: Tensor  # fp64 [R|1, k|1, q, H|1]: sum of dt over the chunk's tokens of this document so far
-    from_start: Tensor  # [R, k, q, H]: what of the entering state a token still sees
-    to_end: Tensor  # [R, k, q, H]: what of a token the leaving state still holds
-    through: Tensor  # [R, k, H]: what of the entering state the leaving state still holds
+    same: Tensor  # fp64 [r|1, k|1, q, q]: 1 for tokens j <= i of one document
+    elapsed: Tensor  # fp64 [r|1, k|1, q, H|1]: sum of dt over the chunk's tokens of this document so far
+    from_start: Tensor  # [r, k, q, H]: what of the entering state a token still sees
+    to_end: Tensor  # [r, k, q, H]: what of a token the leaving state still holds
+    through: Tensor  # [r, k, H]: what of the entering state the leaving state still holds
 
 
 class Problem:
@@ -47,31 +61,34 @@ class Problem:
         self.chunks = -(-self.tokens // chunk)
         self.dtype = torch.promote_types(x.dtype, torch.float32)
 
-    def panels(self) -> Iterator[tuple[slice, slice, int]]:
-        """(chunks, tokens, tokens per chunk) of every panel; the last chunk, if shorter, is a panel of its own."""
-        full, size = self.tokens // self.chunk, self.chunk
-        step = max(1, PANEL // max(1, self.rows * self.heads * size * size))
-        for first in range(0, full, step):
-            last = min(first + step, full)
-            yield slice(first, last), slice(first * size, last * size), size
-        if self.chunks > full:
-            yield slice(full, self.chunks), slice(full * size, self.tokens), self.tokens - full * size
+    def panels(self) -> Iterator[Panel]:
+        """Cover all rows and chunks; the last chunks of rows, if shorter, make panels of their own."""
+        full, rest = divmod(self.tokens, self.chunk)
+        for q, first, end in ((self.chunk, 0, full), (rest, full, full + 1)):
+            if q == 0 or first == end:
+                continue
+            each = self.heads * q * q
+            height = min(self.rows, max(1, PANEL // each))
+            width = max(1, PANEL // max(1, each * height))
+            for row in range(0, self.rows, height):
+                for start in range(first, end, width):
+                    stop = min(start + width, end)
+                    tokens = slice(start * self.chunk, start * self.chunk + (stop - start) * q)
+                    yield Panel(slice(row, row + height), slice(start, stop), tokens, q)
 
-    def decays(self, tokens: slice, q: int) -> Decays:
+    def decays(self, panel: Panel) -> Decays:
         """Of one panel."""
-        device = self.x.device
+        device, q = self.x.device, panel.q
         same = torch.ones(q, q, dtype=torch.bool, device=device).tril()
-        if self.dt is None:
-            steps = torch.ones(1, 1, q, 1, dtype=torch.float64, device=device)
-        else:
-            steps = self.dt[:, tokens].double().unflatten(1, (-1, q))
+        ones = torch.ones(1, 1, q, 1, dtype=torch.float64, device=device)
+        steps = ones if self.dt is None else panel.of(self.dt).double()
         if self.resets is None:
             weights = same.double()[None, None]
             elapsed = weights @ steps
             from_start = elapsed * self.rate
             to_end, through = from_start[:, :, -1:] - from_start, from_start[:, :, -1].clone()
         else:
-            document = self.resets[:, tokens].unflatten(1, (-1, q)).cumsum(2)
+            document = panel.of(self.resets).cumsum(2)
             weights = (same & (document[..., :, None] == document[..., None, :])).double()
             elapsed = weights @ steps
             exponent = elapsed * self.rate
@@ -86,7 +103,7 @@ class Problem:
         return torch.threshold_(exponent, SMALLEST[self.dtype], -torch.inf).exp2_()
 
     def between(self, decays: Decays) -> tuple[Tensor, Tensor]:
-        """For a document's tokens j <= i: exp(A dt) over the time from j to i, else 0, [R|1, k|1, H, q, q]; and that time."""
+        """For a document's tokens j <= i: exp(A dt) over the time from j to i, else 0, [r|1, k|1, H, q, q]; and that time."""
         elapsed = decays.elapsed.transpose(2, 3)
         high = elapsed.to(self.dtype)
         apart = high[..., :, None] - high[..., None, :]
@@ -98,19 +115,19 @@ class Problem:
         exponent = torch.addcmul(nothing.unsqueeze(2), apart, self.rate.to(self.dtype)[:, None, None])
         return self.power(exponent), apart
 
-    def values(self, tokens: slice, q: int) -> tuple[Tensor, Tensor]:
-        """x and v = dt x in the dtype of computation, [R, k, q, H, P]."""
-        x = self.x[:, tokens].to(self.dtype).unflatten(1, (-1, q))
+    def values(self, panel: Panel) -> tuple[Tensor, Tensor]:
+        """x and v = dt x in the dtype of computation, [r, k, q, H, P]."""
+        x = panel.of(self.x).to(self.dtype)
         if self.dt is None:
             return x, x
-        return x, x * self.dt[:, tokens].to(self.dtype).unflatten(1, (-1, q)).unsqueeze(-1)
+        return x, x * panel.of(self.dt).to(self.dtype).unsqueeze(-1)
 
-    def grouped(self, t: Tensor, tokens: slice, q: int) -> Tensor:
-        """B or C as [R, k, G, q, N]."""
-        return t[:, tokens].to(self.dtype).unflatten(1, (-1, q)).transpose(2, 3)
+    def grouped(self, t: Tensor, panel: Panel) -> Tensor:
+        """B or C as [r, k, G, q, N]."""
+        return panel.of(t).to(self.dtype).transpose(2, 3)
 
     def by_group(self, t: Tensor) -> Tensor:
-        """[R, k, q, H, P] -> [R, k, G, q, H/G P]: all heads that share B and C in one product."""
+        """[r, k, q, H, P] -> [r, k, G, q, H/G P]: all heads that share B and C in one product."""
         return t.unflatten(3, (self.groups, self.each)).flatten(4).transpose(2, 3)
 
     def by_head(self, t: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lctrain.kernels.ssd import chunked, library, reference
+from lctrain.kernels.ssd import chunked, library, panels, reference
 from lctrain.kernels.ssd.merge import Summary, exclusive, merge
 
 NAMES = ("x", "dt", "A", "B", "C", "D", "initial_state")
@@ -72,7 +72,10 @@ SHAPES = {
 
 @pytest.mark.parametrize("options", [{}, {"resets": 0.2}, {"resets": 0.2, "dt": False, "D": False, "initial": False}])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_equals_the_recurrence(shape, options):
+@pytest.mark.parametrize("panel", [1, 600, panels.PANEL], ids=["a chunk of a row", "some chunks", "everything"])
+def test_equals_the_recurrence(shape, options, panel, monkeypatch):
+    """However rows and chunks are divided into panels."""
+    monkeypatch.setattr(panels, "PANEL", panel)
     inputs = problem(*SHAPES[shape], **options)
     wanted = run(reference.ssd, inputs, torch.float64)
     for chunk in (8, 128):

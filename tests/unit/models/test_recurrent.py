@@ -80,8 +80,9 @@ def test_cost_is_what_torch_counts(pattern: str, length: int) -> None:
     seq = packed(((0, length), (0, 3, length)), length)
     with FlopCounterMode(display=False) as counted, torch.no_grad():
         mixer(torch.randn(2, length, 32), seq)
-    # Running sums of decays, in both passes over the panels of both rows: small, and not counted.
-    sums = sum(2 * 2 * chunks * 2 * q * q * mixer.heads for q, chunks in ((16, length // 16), (length % 16, 1)))
+    # Running sums of steps, in both passes over the panels of both rows: small, and not counted.
+    width = mixer.heads if pattern == "M" else 1
+    sums = sum(2 * 2 * chunks * 2 * q * q * width for q, chunks in ((16, length // 16), (length % 16, 1)))
     assert mixer.flops(((0, length), (0, 3, length))) == counted.get_total_flops() - sums
 
 
