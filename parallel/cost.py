@@ -112,7 +112,7 @@ def _of_plan(
             Send(
                 t.item.kind,
                 t.peer if peers is None else peers[t.peer],
-                item_bytes(t.item.kind, plan.schedule, shape, t.item.heads, placement.chunk_length),
+                item_bytes(t.item.kind, plan.schedule, shape, t.item.heads, plan.placement.chunk_length),
                 t.until + first,
             )
             for t in step.step.sends

@@ -6,7 +6,9 @@ import dataclasses
 from functools import lru_cache
 from typing import NamedTuple
 
+from lctrain.kernels.attention.band import Band, join_all
 from lctrain.parallel.mask import AttentionMask, RowBand
+from lctrain.parallel.pieces import Pieces, in_pieces
 from lctrain.parallel.placement import Placement
 from lctrain.parallel.schedule import COPIES, Direction, Item, Schedule, Step, Tile, TileMap
 from lctrain.parallel.strategies import Problem, make_schedule
@@ -54,14 +56,15 @@ class AttentionPlan:
 @lru_cache(maxsize=16)
 def live_tiles(placement: Placement, mask: AttentionMask) -> TileMap:
     """The live tiles of a masked layout."""
-    return TileMap(placement, mask)
+    return TileMap(placement, mask, placement.pieces if isinstance(placement, Pieces) else 1)
 
 
 @lru_cache(maxsize=32)  # all layers of a model ask for the same few; at 64 ranks each is megabytes
 def make_plan(
     strategy: str, placement: Placement, mask: AttentionMask, rank: int, direction: Direction, n_kv_heads: int, node: int
 ) -> AttentionPlan:
-    """The plan of `rank` for a checked schedule."""
+    """The plan of `rank` for a checked schedule; its placement may be finer than the given one (see pieces)."""
+    placement = in_pieces(placement, mask)
     live = live_tiles(placement, mask)
     schedule = make_schedule(strategy, Problem(live, direction, n_kv_heads, node))
     steps = schedule.ranks[rank]
@@ -93,8 +96,16 @@ def _work(mask: AttentionMask, placement: Placement, tiles: list[Tile], live: Ti
     if set(live.tiles(tuple(queries), tuple(keys), heads)) == set(tiles):
         bands = mask.bands(placement, (q_owner, q_parts), (k_owner, k_parts))
     else:
-        bands = tuple(b for t in tiles for b in mask.bands(placement, (q_owner, (t.q.part,)), (k_owner, (t.k.part,))))
+        bands = _joined([b for t in tiles for b in mask.bands(placement, (q_owner, (t.q.part,)), (k_owner, (t.k.part,)))])
     return Work(heads, Side(q_owner, q_parts), Side(k_owner, k_parts), bands)
+
+
+def _joined(parts: list[RowBand]) -> tuple[RowBand, ...]:
+    """Fewer, larger bands with the same entries."""
+    rows: dict[tuple[int, int | None], list[Band]] = {}
+    for row0, row1, band in parts:
+        rows.setdefault((row0, row1), []).append(band)
+    return tuple(RowBand(*of, band) for of, bands in rows.items() for band in join_all(bands))
 
 
 def _whole(steps: list[PlannedStep], placement: Placement, mask: AttentionMask) -> RowBand | None:

@@ -103,12 +103,14 @@ class TileMap:
 
     Hashable and equal by content, so that schedules can be cached over batches whose documents differ but whose live tiles
     do not.
+
+    pieces: so many chunks in a row were cut out of one, and belong together.
     """
 
-    def __init__(self, placement: Placement, mask: AttentionMask) -> None:
-        self.world_size, self.chunks = placement.world_size, placement.chunks
+    def __init__(self, placement: Placement, mask: AttentionMask, pieces: int = 1) -> None:
+        self.world_size, self.chunks, self.pieces = placement.world_size, placement.chunks, pieces
         live = live_pairs([segment for rank in range(self.world_size) for segment in placement.segments(rank)], mask)
-        self._key = (self.world_size, self.chunks, live.tobytes())
+        self._key = (self.world_size, self.chunks, pieces, live.tobytes())
         self._live: list[list[bool]] = live.tolist()  # read one by one, for which lists are faster than arrays
         self._chunks = [tuple(Chunk(rank, part) for part in range(self.chunks)) for rank in range(self.world_size)]
 
@@ -121,6 +123,10 @@ class TileMap:
     def chunks_of(self, rank: int) -> tuple[Chunk, ...]:
         """All chunks of a rank."""
         return self._chunks[rank]
+
+    def whole(self, chunk: Chunk) -> int:
+        """Which of its owner's chunks, before they were cut, this one belongs to."""
+        return chunk.part // self.pieces
 
     def tiles(self, queries: tuple[Chunk, ...], keys: tuple[Chunk, ...], heads: int = 0) -> tuple[Tile, ...]:
         """Live tiles of some queries against some keys."""

@@ -66,10 +66,11 @@ class _Plan:
 
     def local(self, heads: int, split: bool) -> None:
         """A rank's own tiles: all in the first step, or (split) the diagonal ones in the last."""
+        live = self.problem.live
         for rank, steps in enumerate(self.tiles):
-            own = self.problem.live.chunks_of(rank)
-            for tile in self.problem.live.tiles(own, own, heads):
-                steps[self.last if split and tile.q == tile.k else 0].append(tile)
+            own = live.chunks_of(rank)
+            for tile in live.tiles(own, own, heads):
+                steps[self.last if split and live.whole(tile.q) == live.whole(tile.k) else 0].append(tile)
 
     def schedule(self, strategy: str, slices: int, buffers: int, rounded: tuple[str, ...] = ()) -> Schedule:
         ranks = []
@@ -164,8 +165,8 @@ def _bidirectional_ring(problem: Problem) -> Schedule:
         _go_round(plan, down, "kv", heads=0)
         _go_round(plan, up, "kv", heads=1)
     else:
-        _go_round(plan, down, "kv", wanted=lambda chunk: chunk.part % 2 == 0)
-        _go_round(plan, up, "kv", wanted=lambda chunk: chunk.part % 2 == 1)
+        _go_round(plan, down, "kv", wanted=lambda chunk: problem.live.whole(chunk) % 2 == 0)
+        _go_round(plan, up, "kv", wanted=lambda chunk: problem.live.whole(chunk) % 2 == 1)
     return plan.schedule("bidirectional_ring", slices, buffers=(5 if problem.backward else 2) * slices * problem.live.chunks)
 
 
