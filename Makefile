@@ -29,7 +29,7 @@ else
   endif
 endif
 
-.PHONY: help demo test lint format gpu-check install clean
+.PHONY: help demo test slow slurm lint format gpu-check install clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -37,8 +37,14 @@ help: ## this list
 demo: $(READY) ## train a small model on real text with 4 processes, kill it, resume it, sample from it (minutes)
 	$(PYTHON) -m lctrain demo $(ARGS)
 
-test: $(READY) ## every test; ARGS='-k ring -x' goes to pytest
+test: $(READY) ## every test that does not take minutes; ARGS='-k ring -x' goes to pytest
 	$(PYTHON) -m pytest $(ARGS)
+
+slow: $(READY) ## the tests that take minutes
+	$(PYTHON) -m pytest -m slow $(ARGS)
+
+slurm: ## a real SLURM on this Debian machine for the tests of launcher=slurm (once, as root)
+	tools/slurm_lab.sh install
 
 lint: $(READY) ## style, types
 	$(PYTHON) -m ruff check .

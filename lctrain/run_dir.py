@@ -159,16 +159,17 @@ def command_line(without: str | None = None) -> str:
     return shlex.join([*program, *arguments])
 
 
-def lock_holder(run: RunDir) -> tuple[str, bool | None]:
-    """(`PID on HOST` of the launcher noted last, whether it lives); ("", False) if there never was one.
-
-    None for one on another machine, of which this one cannot know.
-    """
+def lock_holder(run: RunDir) -> str | None:
+    """`PID on HOST` of the launcher (or, under torchrun or SLURM, rank 0) that holds a run directory; None if nobody does."""
     try:
-        holder = run.lock.read_text(errors="replace").strip()
+        with open(run.lock) as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return file.read(100).strip() or "an unknown process"
     except OSError:
-        return "", False
-    return holder, _is_alive(holder)
+        pass
+    return None
 
 
 def _is_alive(holder: str) -> bool | None:
