@@ -1,4 +1,4 @@
-"""`lctrain bench moe`: grouped experts beside a loop over experts and a dense network of as many operations."""
+"""`lctrain bench moe`: grouped experts beside loops over experts and a dense network of as many operations."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from lctrain.bench.report import check_output, introduce_machine, store
 from lctrain.config.bench_moe import MoeBenchConfig
 from lctrain.console import progress, say, table, warn
 
-NAMES = ("lctrain", "loop", "dense")
+NAMES = {"experts": ("lctrain", "loop", "split", "dense"), "layer": ("lctrain", "loop", "dense")}
+"""Contenders by part; see lctrain.bench.moe_contenders."""
 SAME = {"fp32": 1e-4, "bf16": 5e-2}
 """Largest relative difference of outputs and gradients at which ours and the loop still compute the same function."""
 
@@ -39,9 +40,10 @@ def bench_moe(config: MoeBenchConfig) -> int:
 def _measure(config: MoeBenchConfig, seq: int, experts: int, threads: int) -> dict[str, Any]:
     """Passes of all contenders in turn, then a comparison of results."""
     title = f"seq {seq}, {experts} experts"
+    names = NAMES[config.part]
     with ExitStack() as stack, progress(title, config.repeats + 1, "passes") as advance:
-        contenders = {name: stack.enter_context(Child(Contender, threads, config, seq, experts, name)) for name in NAMES}
-        passes: dict[str, list[Pass]] = {name: [] for name in NAMES}
+        contenders = {name: stack.enter_context(Child(Contender, threads, config, seq, experts, name)) for name in names}
+        passes: dict[str, list[Pass]] = {name: [] for name in names}
         for _ in range(config.repeats + 1):
             for name, child in contenders.items():
                 passes[name].append(child.call("run"))

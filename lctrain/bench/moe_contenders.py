@@ -1,8 +1,10 @@
-"""The contenders of `lctrain bench moe`, each in a process of its own: ours, a loop over experts, a dense network.
+"""The contenders of `lctrain bench moe`, each in a process of its own: ours, loops over experts, a dense network.
 
-The loop is what one writes without a grouped product: for sorted rows, a product per slice and a concatenation; for a whole
-layer, transformers' form, which picks each expert's tokens by index and adds the results into place. The dense network does the
-same floating-point operations in products as large as the machine likes.
+loop: what one writes without a grouped product. For sorted rows, products of slices x[a:b] with weight[e] and a concatenation;
+for a whole layer, transformers' form, which picks each expert's tokens by index and adds the results into place. Autograd fills
+a gradient of the whole weight with zeros for every expert there. split: the careful loop over sorted rows, x.split and
+weight.unbind, whose gradients are put together once. dense: the same floating-point operations in products as large as the
+machine likes.
 """
 
 from __future__ import annotations
@@ -87,7 +89,8 @@ class Contender:
             ends = self.counts.cumsum(0).to(torch.int32)
             if name == "lctrain":
                 return layer.experts, lambda x: layer.experts(x, ends)
-            return layer.experts, lambda x: _slices(layer, x, self.counts.tolist())
+            loop = _split if name == "split" else _slices
+            return layer.experts, lambda x: loop(layer, x, self.counts.tolist())
         if name == "loop":
             return layer, lambda x: _indexed(layer, x)
         borders = (document_borders(config, self.seq),) * config.batch
@@ -97,7 +100,19 @@ class Contender:
 
 
 def _slices(layer: MixtureOfExperts, x: Tensor, counts: list[int]) -> Tensor:
-    """A product per slice of the sorted rows, then one concatenation."""
+    """Products of slices with one expert's weights each, then a concatenation."""
+    experts, parts, start = layer.experts, [], 0
+    assert experts.gate is not None
+    for expert, count in enumerate(counts):
+        rows = x[start : start + count]
+        gate, up, down = (w[expert].to(x.dtype) for w in (experts.gate, experts.up, experts.down))
+        parts.append(F.linear(F.silu(F.linear(rows, gate)) * F.linear(rows, up), down))
+        start += count
+    return torch.cat(parts)
+
+
+def _split(layer: MixtureOfExperts, x: Tensor, counts: list[int]) -> Tensor:
+    """The same with rows and weights taken apart at once, so that their gradients are put together at once."""
     experts = layer.experts
     assert experts.gate is not None
     weights = zip(*(w.to(x.dtype).unbind() for w in (experts.gate, experts.up, experts.down)), strict=True)

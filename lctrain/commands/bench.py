@@ -100,7 +100,7 @@ def _ssd(args: list[str]) -> int:
 
 
 def _moe(args: list[str]) -> int:
-    """Time a mixture of experts, or its experts alone, beside a loop over experts and a dense network of as many operations.
+    """Time a mixture of experts, or its experts alone, beside loops over experts and a dense network of as many operations.
 
     usage: lctrain bench moe [part=layer] [experts=8,64] [seq=8192] [name=value ...]
 

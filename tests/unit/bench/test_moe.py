@@ -29,6 +29,9 @@ def test_contenders_compute_the_same(part: str) -> None:
     ours, loop = (Contender(config, 40, 5, name).results() for name in ("lctrain", "loop"))
     assert ours.keys() == loop.keys()
     assert all(abs(ours[name] - loop[name]).max() < 1e-5 * abs(loop[name]).max() for name in loop)
+    if part == "experts":
+        split = Contender(config, 40, 5, "split").results()
+        assert all(abs(split[name] - loop[name]).max() < 1e-5 * abs(loop[name]).max() for name in loop)
     dense = Contender(config, 40, 5, "dense")
     assert dense.forward(dense.x).shape == ours["y"].shape
 
