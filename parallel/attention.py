@@ -74,9 +74,12 @@ def sequence_parallel_attention(
         out, lse = _scheduled(
             q_heads, own_sinks, grouped, mask, between, index, strategy, scale, k_heads.shape[2], HeadKeys, k_heads, v_heads
         )
-    else:  # more ranks than heads: this one only takes part in the exchange
+    else:  # more ranks than heads: this one only takes part in the exchange, but the sinks' gradient must exist everywhere
         wide = accumulation_dtype(q.dtype)
-        out, lse = q_heads, q_heads.new_empty(q.shape[0], 0, q_heads.shape[1], dtype=wide)
+        out, lse = (
+            q_heads if sinks is None else q_heads + 0 * sinks.sum(),
+            q_heads.new_empty(q.shape[0], 0, q_heads.shape[1], dtype=wide),
+        )
     whole = ToTokens.apply(out, exchange)
     if not need_lse:
         return whole, None

@@ -98,3 +98,23 @@ def test_six_ranks() -> None:
     """Two ways to be two-dimensional: 2 x 3 and 3 x 2."""
     for name in ("usp", "double_ring"):
         run_ranks(compare, 6, name, 8)
+
+
+def sinks_gradient(rank: int, world_size: int) -> Tensor | None:
+    """Two heads on three ranks: one has none."""
+    torch.manual_seed(0)
+    layout = SequenceLayout("zigzag", world_size, 30)
+    q, k, v = (torch.randn(1, layout.local_length, 2, 4, dtype=torch.float64, requires_grad=True) for _ in range(3))
+    sinks = torch.zeros(2, dtype=torch.float64, requires_grad=True)
+    mask = AttentionMask(((0, 30),), causal=True)
+    group = RankGroup(torch.distributed.group.WORLD)
+    out, _ = sequence_parallel_attention(q, k, v, layout=layout, mask=mask, group=group, strategy="ulysses", sinks=sinks)
+    out.sum().backward()
+    return sinks.grad
+
+
+def test_a_rank_without_heads_still_has_a_gradient_of_sinks() -> None:
+    """Data parallelism waits for every parameter's gradient."""
+    grads = run_ranks(sinks_gradient, 3)
+    assert [grad is not None for grad in grads] == [True] * 3
+    assert sorted(bool((grad != 0).any()) for grad in grads) == [False, True, True]

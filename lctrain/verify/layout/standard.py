@@ -22,6 +22,9 @@ TORCH = {
     "dense torch cp2 ring": f"{DENSE} parallel.cp=2",
     "dense torch cp3 token_ring": f"{DENSE} parallel.cp=3 parallel.attention=token_ring",
     "dense torch cp4 ulysses balanced": f"{DENSE} parallel.cp=4 parallel.attention=ulysses parallel.layout=balanced",
+    "dense torch cp3 ulysses, fewer heads than ranks, sinks": (
+        f"{DENSE} parallel.cp=3 parallel.attention=ulysses model.attention.n_heads=2 model.attention.sinks=true"
+    ),
     "dense torch cp4 usp fsdp": f"{DENSE} parallel.cp=4 parallel.attention=usp engine.data_parallel=fsdp",
     "dense torch dp2 cp2 all_gather striped": (
         f"{DENSE} parallel.dp=2 parallel.cp=2 parallel.attention=all_gather parallel.layout=striped"
