@@ -1,7 +1,8 @@
 """Matrix products of groups of rows: torch's grouped operator where it is safe, a loop over groups elsewhere.
 
-What the operator does not take, seen with torch 2.11 and 2.13: fp64; rows that do not begin at multiples of 16 bytes. In fp32
-on meta and fake tensors it raises although it could tell the shape. It leaves rows past the last group uninitialised.
+What the operator does not take, seen with torch 2.11 and 2.13: fp64; rows that do not begin at multiples of 16 bytes; on CUDA,
+by its documentation, anything but bf16 and devices before Ampere. In fp32 on meta and fake tensors it raises although it could
+tell the shape. It leaves rows past the last group uninitialised.
 """
 
 from __future__ import annotations
@@ -60,7 +61,11 @@ def outer_products(a: Tensor, b: Tensor, ends: Tensor) -> Tensor:
             if end > start:
                 torch.mm(a[start:end].t(), b[start:end], out=products[group])
         return products
-    return F.grouped_mm(a.t(), b, offs=ends)
+    products = F.grouped_mm(a.t(), b, offs=ends)
+    if a.device.type != "cpu":  # not promised for products over no rows; the CPU operator was seen to give 0
+        empty = ends.diff(prepend=ends.new_zeros(1)) == 0
+        products.masked_fill_(empty[:, None, None], 0)
+    return products
 
 
 def _shape_only(x: Tensor) -> bool:
@@ -69,6 +74,8 @@ def _shape_only(x: Tensor) -> bool:
 
 def _safe(x: Tensor) -> bool:
     if x.dtype not in (torch.float32, torch.bfloat16, torch.float16) or x.data_ptr() % _ALIGNMENT:
+        return False
+    if x.is_cuda and (x.dtype != torch.bfloat16 or torch.cuda.get_device_capability(x.device) < (8, 0)):
         return False
     if 1 not in x.stride()[-2:]:
         return False
