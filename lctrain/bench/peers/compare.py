@@ -29,7 +29,7 @@ EXACT = {"fp32": 2e-6, "bf16": 2e-2}
 
 
 def bench_peers(config: PeersBenchConfig) -> int:
-    """Measure, print, store; returns 1 if one of ours is not exact."""
+    """Measure, print, store; returns 1 if one of ours fails or is not exact."""
     check_output(config)
     machine = introduce_machine()
     for name in config.peers:
@@ -39,19 +39,20 @@ def bench_peers(config: PeersBenchConfig) -> int:
     for settings in config.problems():
         problem = Problem.of(settings, settings.seq[0])
         base = {"seq": problem.seq, "heads": settings.heads, "kv_heads": settings.kv_heads, "dtype": settings.dtype}
-        found = [{**base, **row} for row in _measure(config, problem, EXACT[settings.dtype])]
-        print_contenders(f"{problem.seq} tokens, {settings.heads} heads, {settings.kv_heads} KV heads, {settings.dtype}", found)
-        results += found
+        title = f"{problem.seq} tokens, {settings.heads} heads, {settings.kv_heads} KV heads, {settings.dtype}"
+        for rows in _measure(config, problem, EXACT[settings.dtype]):
+            results += (found := [{**base, **row} for row in rows])
+            print_contenders(title, found)
     print_bars(results)
     store(config, "attention, peers", machine, results)
-    wrong = [row for row in results if row["ours"] and not row["exact"]]
+    wrong = [row for row in results if row["ours"] and not row.get("exact")]
     for row in wrong:
-        warn(f"{row['contender']} on {row['cp']} ranks is not exact: {row['error']}")
+        warn(f"{row['contender']} on {row['cp']} ranks is not exact: {row.get('error') or row['why_not']}")
     return int(bool(wrong))
 
 
-def _measure(config: PeersBenchConfig, problem: Problem, bar: float) -> Iterator[dict[str, Any]]:
-    """A row for SDPA in one process for every number of ranks, then one for each contender."""
+def _measure(config: PeersBenchConfig, problem: Problem, bar: float) -> Iterator[list[dict[str, Any]]]:
+    """For every number of ranks a row for SDPA in one process and one for each contender."""
     with Child(WholeSequence, len(os.sched_getaffinity(0)), problem) as yardstick:
         exact = yardstick.call("exact")
         for cp in config.cp:
@@ -66,13 +67,8 @@ def _measure(config: PeersBenchConfig, problem: Problem, bar: float) -> Iterator
                     advance(1)
             own = whole[0][0].results
             assert own is not None
-            yield {"contender": "SDPA", "family": None, "ours": False, "cp": cp, "threads": threads, "kernel": "SDPA"} | {
-                "error": errors(own, exact),
-                "exact": True,
-                "sent": None,
-                **summary(whole),
-            }
-            yield from rows
+            sdpa = {"contender": "SDPA", "family": None, "ours": False, "cp": cp, "threads": threads, "kernel": "SDPA"}
+            yield [{**sdpa, "error": errors(own, exact), "exact": True, "sent": None, **summary(whole)}, *rows]
 
 
 Run = Callable[[RankPool, bool], list[Pass]]
