@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Container
 
 import torch
 from torch import Tensor, nn
@@ -15,12 +16,14 @@ from lctrain.models.place import Family, Place, parameter_places, part_of
 
 
 @torch.no_grad()
-def initialise(model: LanguageModel, seed: int) -> None:
+def initialise(model: LanguageModel, seed: int, only: Container[str] | None = None) -> None:
     """Fill every parameter in place; cut and sharded parameters get their part of what one process would have.
 
     Normal with std `init_std`; projections into the residual stream have it divided by sqrt(number of sublayers)
     (Radford et al. 2019); norms 1, biases, attention sinks and buffers 0. A module with a method `initial` decides for itself:
     initial(name, whole shape, std, generator) -> values, or None for the above.
+
+    only: full names of the parameters to fill; None for all.
     """
     std = model.config.init_std
     places = parameter_places(model)
@@ -28,6 +31,8 @@ def initialise(model: LanguageModel, seed: int) -> None:
         for local, parameter in module.named_parameters(recurse=False):
             name = f"{prefix}.{local}" if prefix else local
             place = places.pop(name)
+            if only is not None and name not in only:
+                continue
             scale = std / math.sqrt(model.depth) if _into_residual(module, local) else std
             _copy(parameter, _initial_part(module, local, name, parameter, place, scale, seed, model.parallel))
     assert not places, places

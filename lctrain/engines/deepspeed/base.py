@@ -38,25 +38,21 @@ class DeepSpeedCommon:
     def __init__(
         self, config: TrainConfig, mesh: ProcessMesh, groups: MeshGroups, device: torch.device, held: LanguageModel
     ) -> None:
-        """held: not given to DeepSpeed yet."""
+        """held: not sharded yet, with or without storage."""
         self.config, self.mesh, self.groups, self.device, self.held = config, mesh, groups, device, held
         self.strategies = attention_strategies(config, device)
         self.size = mesh.dp * mesh.cp
         self.joiner = Parts(mesh, groups, held.parallel, device)
-        self.parameters: dict[str, nn.Parameter] = dict(held.named_parameters())
-        kept = held.state_dict().keys()
-        self.buffers = {name: buffer for name, buffer in held.named_buffers() if name in kept}
         places = parameter_places(held)
-        self.parts = {
-            name: Part(name, tensor.shape, places.get(name, Place()))
-            for name, tensor in (*self.parameters.items(), *self.buffers.items())
-        }
+        self.parts = {name: Part(x.shape, places.get(name, Place())) for name, x in held.state_dict().items()}
         self.grad_norm = 0.0
         self._factor = 1.0
 
     def adopt(self, engine: Any) -> None:
         """Take over what deepspeed.initialize returned."""
         self.engine, self.shards = engine, shards_of(engine)
+        self.parameters: dict[str, nn.Parameter] = dict(self.held.named_parameters())
+        self.buffers = {name: buffer for name, buffer in self.held.named_buffers() if name in self.parts}
         # Under every stage AdamW is the last to see a gradient, and sees each element on the rank that updates it.
         engine.basic_optimizer.register_step_pre_hook(self._clip)
 

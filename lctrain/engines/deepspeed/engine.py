@@ -13,13 +13,13 @@ from lctrain.config.deepspeed import zero_stage
 from lctrain.config.schema import TrainConfig
 from lctrain.data.batch import MicroBatch, StepBatch
 from lctrain.engines.base import StepResult
+from lctrain.engines.deepspeed.allocate import allocate, allocate_shards
 from lctrain.engines.deepspeed.base import DeepSpeedCommon
-from lctrain.engines.deepspeed.experts import declare_experts
+from lctrain.engines.deepspeed.experts import Experts
 from lctrain.engines.deepspeed.mpu import Mpu
 from lctrain.engines.deepspeed.settings import deepspeed_config
 from lctrain.engines.deepspeed.start import start_deepspeed
 from lctrain.models.build import build_model
-from lctrain.models.init import initialise
 from lctrain.models.model import LossSums
 from lctrain.models.parallel import ModelParallel
 from lctrain.optim import make_adamw
@@ -32,12 +32,19 @@ class ZeroEngine(DeepSpeedCommon):
     def __init__(self, config: TrainConfig, mesh: ProcessMesh, groups: MeshGroups, device: torch.device) -> None:
         deepspeed = start_deepspeed(device)
         model = build_model(config, ModelParallel(groups.tp, groups.ep, groups.etp, groups.dp_cp))
-        model.to_empty(device=device)
-        initialise(model, config.trainer.seed)
         super().__init__(config, mesh, groups, device, model)
-        optimizer, mpu = make_adamw(model, config.optim), Mpu(mesh, groups)
-        declare_experts(model, optimizer, mesh, groups, mpu, zero_stage(config))
+        stage, seed, mpu = zero_stage(config), config.trainer.seed, Mpu(mesh, groups)
         settings = deepspeed_config(config, mesh, sum(part.shape.numel() for part in self.parts.values()))
+        optimizer = make_adamw(model, config.optim)  # now, as sharded parameters do not tell matrices from vectors
+        names = {parameter: name for name, parameter in model.named_parameters()}
+        experts = Experts(model, mesh, groups, mpu, stage)
+        if stage == 3:
+            allocate_shards(model, seed, device, experts, settings, mpu)
+        else:
+            allocate(model, seed, device, experts)
+        for group in optimizer.param_groups:
+            group["params"] = [model.get_parameter(names[parameter]) for parameter in group["params"]]
+        experts.declare(model, optimizer)
         self.adopt(deepspeed.initialize(model=model, optimizer=optimizer, mpu=mpu, config=settings)[0])
 
     def backward(self, batch: StepBatch, targets: int) -> StepResult:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -15,33 +16,44 @@ NAME = "lctrain_experts"
 """DeepSpeed's key for the groups of expert parameters."""
 
 
-def declare_experts(
-    model: nn.Module, optimizer: torch.optim.Optimizer, mesh: ProcessMesh, groups: MeshGroups, mpu: Mpu, stage: int
-) -> None:
-    """Have experts' gradients summed over the edp ranks, which hold copies, and divided by dp * cp like all others'.
+class Experts:
+    """Has experts' gradients summed over the edp ranks, which hold copies, and divided by dp * cp like all others'.
 
     ZeRO 0 to 2 do that for optimizer groups marked `moe`, once they find a module of DeepSpeed's own class MoE. ZeRO-3 refuses
-    that class, and instead cuts every parameter over a group of its own if the parameter names one.
-    Nothing is declared where the copies of an expert are the data-parallel group anyway.
-    """
-    experts = [p for name, p in model.named_parameters() if parameter_places(model)[name].family is Family.EXPERT]
-    if not experts or (mesh.ep == mesh.etp == mesh.tp == 1):
-        return
-    from deepspeed.utils import groups as registry
+    that class, but cuts and reduces every parameter over a group of its own if the parameter names one.
+    Nothing is to be told where the copies of an expert are the data-parallel group anyway.
 
-    copies = mpu.process_group(groups.edp)
-    registry._EXPERT_DATA_PARALLEL_GROUP[NAME] = copies
-    registry._EXPERT_PARALLEL_GROUP[NAME] = mpu.process_group(groups.ep)
-    for parameter in experts:
-        parameter.allreduce = False  # type: ignore[attr-defined]
-        parameter.group_name = NAME  # type: ignore[attr-defined]
-        if stage == 3:
-            parameter.ds_zero_placement_family = "autoep_expert"  # type: ignore[attr-defined]
-            parameter.ds_zero_partition_group_name = NAME  # type: ignore[attr-defined]
-            parameter.ds_zero_partition_process_group = copies  # type: ignore[attr-defined]
-    if stage < 3:
-        _split_groups(optimizer, experts)
-        model.add_module("deepspeed_has_experts", _marker())
+    names: full names of the parameters that are treated so.
+    """
+
+    def __init__(self, model: nn.Module, mesh: ProcessMesh, groups: MeshGroups, mpu: Mpu, stage: int) -> None:
+        self.stage, self.names = stage, set()
+        if mesh.ep == mesh.etp == mesh.tp == 1:
+            return
+        self.names = {name for name, place in parameter_places(model).items() if place.family is Family.EXPERT}
+        self._copies, self._others = mpu.process_group(groups.edp), mpu.process_group(groups.ep)
+
+    def mark(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Set the attributes by which DeepSpeed knows expert parameters."""
+        for parameter in parameters:
+            parameter.allreduce = False  # type: ignore[attr-defined]
+            parameter.group_name = NAME  # type: ignore[attr-defined]
+            if self.stage == 3:
+                parameter.ds_zero_placement_family = "autoep_expert"  # type: ignore[attr-defined]
+                parameter.ds_zero_partition_group_name = NAME  # type: ignore[attr-defined]
+                parameter.ds_zero_partition_process_group = self._copies  # type: ignore[attr-defined]
+
+    def declare(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        """All else that DeepSpeed must know before it is given the model, whose experts are marked."""
+        if not self.names:
+            return
+        from deepspeed.utils import groups as registry
+
+        registry._EXPERT_DATA_PARALLEL_GROUP[NAME] = self._copies
+        registry._EXPERT_PARALLEL_GROUP[NAME] = self._others
+        if self.stage < 3:
+            _split_groups(optimizer, [model.get_parameter(name) for name in self.names])
+            model.add_module("deepspeed_has_experts", _marker())
 
 
 def _split_groups(optimizer: torch.optim.Optimizer, experts: list[nn.Parameter]) -> None:

@@ -23,7 +23,6 @@ from lctrain.parallel.mesh import MeshGroups, ProcessMesh
 class Part:
     """What this rank and its copies hold of a parameter or buffer between them: all of it, unless tp, ep or etp cut it."""
 
-    name: str
     shape: torch.Size
     place: Place
 

@@ -16,7 +16,7 @@ from lctrain.config.schema import TrainConfig
 from lctrain.data.batch import MicroBatch, StepBatch
 from lctrain.engines.base import StepResult
 from lctrain.engines.deepspeed.base import DeepSpeedCommon
-from lctrain.engines.deepspeed.experts import declare_experts
+from lctrain.engines.deepspeed.experts import Experts
 from lctrain.engines.deepspeed.mpu import Mpu
 from lctrain.engines.deepspeed.settings import deepspeed_config
 from lctrain.engines.deepspeed.start import start_deepspeed
@@ -46,7 +46,9 @@ class PipelineEngine(DeepSpeedCommon):
         self.piece = stages.own
         super().__init__(config, mesh, groups, device, self.piece)
         optimizer = make_adamw(self.piece, config.optim)
-        declare_experts(self.piece, optimizer, mesh, groups, Mpu(mesh, groups), zero_stage(config))
+        experts = Experts(self.piece, mesh, groups, Mpu(mesh, groups), zero_stage(config))
+        experts.mark(self.piece.get_parameter(name) for name in experts.names)
+        experts.declare(self.piece, optimizer)
         settings = deepspeed_config(config, mesh, sum(part.shape.numel() for part in self.parts.values()))
         self.adopt(deepspeed.initialize(model=stages, optimizer=optimizer, config=settings)[0])
         self.engine._INSTRUCTION_MAP = {**self.engine._INSTRUCTION_MAP, OptimizerStep: _nothing}

@@ -122,6 +122,7 @@ class ParameterShards(Shards):
 
     def settle(self) -> None:
         optimizer = self.optimizer
+        optimizer._partition_all_parameters()  # or parameters that are still gathered would keep their old values
         for group in range(len(optimizer.fp16_groups)):
             optimizer._reassign_or_swap_out_partitioned_parameters(group)
         if optimizer.persistent_parameters:  # small ones that every rank keeps whole

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from importlib.util import find_spec
 
 import pytest
 import torch.distributed as dist
@@ -13,7 +14,7 @@ from lctrain.engines.deepspeed.mpu import Mpu
 from lctrain.launch.ranks import close_pools, run_ranks
 from lctrain.parallel.mesh import ProcessMesh
 
-pytest.importorskip("deepspeed")
+pytestmark = pytest.mark.skipif(find_spec("deepspeed") is None, reason="needs deepspeed")
 
 SIZES = st.integers(1, 3)
 
