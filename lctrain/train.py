@@ -18,6 +18,7 @@ from lctrain.devices import DTYPES, choose_device, peak_flops, peak_memory_mb
 from lctrain.engines.base import Engine, train_step
 from lctrain.engines.make import make_engine
 from lctrain.errors import UserError
+from lctrain.launch.grace import GracePeriod
 from lctrain.launch.process import Process
 from lctrain.launch.signals import StopRequest
 from lctrain.models.build import build_model
@@ -76,12 +77,17 @@ def _loop(
     peak, peak_source = peak_flops(device, DTYPES[config.engine.dtype])
     tracker.message(f"mfu 100% = {peak / 1e9:,.0f} GFLOP/s per process ({peak_source})")
     skipped_in_a_row = 0
+    grace = GracePeriod(config.launcher)
 
     def save(step: int) -> None:
         nonlocal saved
         began = time.perf_counter()
         path = store.save(step, training_state(engine, mesh.rank), checkpoint_meta(config, step))
-        tracker.event("checkpoint", step=step, checkpoint=str(path), seconds=round(time.perf_counter() - began, 3))
+        seconds = time.perf_counter() - began
+        tracker.event("checkpoint", step=step, checkpoint=str(path), seconds=round(seconds, 3))
+        if warning := grace.saved(seconds):
+            tracker.message(warning)
+            tracker.event("grace", message=warning)
         saved = step
 
     source = SampleSource(config.data, trainer, config.model.vocab_size, "train")
@@ -90,6 +96,7 @@ def _loop(
         began = time.perf_counter()
         for batch in loader:
             sums = _agree(config, batch, mesh, described, stop)
+            grace.stop_checked()
             if sums["stop"]:
                 name = stop.requested or "a stop signal on another rank"
                 tracker.message(f"{name}: stopping after step {batch.step} of {trainer.steps}")

@@ -65,7 +65,7 @@ def _follow(config: LogsConfig, path: Path, position: int) -> None:
     """Print what is added, until the run has ended (asked rarely: the controller of a cluster is busy)."""
     from lctrain.launch.run_state import run_state
 
-    asked = time.monotonic()
+    asked = float("-inf")
     ended = False
     while True:
         if path.exists():

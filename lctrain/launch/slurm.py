@@ -133,8 +133,7 @@ def _tell(config: TrainConfig, job: Job, jobs: list[str], folders: tuple[Path, .
     if job.runs:
         what += f", an array of {len(folders)} runs in {job.run}"
     print(f"submitted {what}: {describe(launcher)}, time limit {launcher.slurm.time or 'of the partition'}")
-    shown = os.path.relpath(folders[0])
     print(f"  script    {os.path.relpath(job.kept)}/job.sbatch")
-    print(f"  follow    lctrain logs {shown} follow=true")
-    print(f"  state     lctrain status {shown}")
-    print(f"  end       lctrain stop {shown}")
+    print(f"  follow    lctrain logs {os.path.relpath(folders[0])} follow=true")
+    print(f"  state     lctrain status {os.path.relpath(job.run)}")
+    print(f"  end       lctrain stop {os.path.relpath(job.run)}")

@@ -61,7 +61,7 @@ def render_script(config: TrainConfig, job: Job) -> str:
         "srun": shlex.join(["srun", f"--nodes={launcher.nodes}", *options, *slurm.srun]),
         "tasks": " ".join(tasks),
         "entry": "rank" if launcher.mode == "srun" else "node",
-        "exclude": shlex.quote(f",{slurm.exclude}") if slurm.exclude else "",
+        "exclude": shlex.quote(slurm.exclude or ""),
     }
     return re.sub(r"\{\{(\w+)\}\}", lambda match: values[match[1]], TEMPLATE.read_text(encoding="utf-8"))
 

@@ -148,9 +148,9 @@ def test_an_array_of_two_runs(run):
         QUICK, "launcher=slurm_array", "launcher.nodes=1", "trainer.steps=3", "optim.lr=1e-3,3e-4", "parallel.cp=1"
     )
     assert "an array of 2 runs" in printed
-    runs = [run.run_dir / "0-lr-1e-3", run.run_dir / "1-lr-3e-4"]
-    for number in (0, 1):
-        job, run.job = run.job, f"{run.job.partition('_')[0]}_{number}"
+    runs = [run.run_dir / "0-lr-0.001", run.run_dir / "1-lr-0.0003"]
+    array = run.job
+    for run.job in (f"{array}_0", f"{array}_1"):
         run.wait_for_end()
     rates = [read_metrics(folder / "metrics.jsonl")[0]["lr"] for folder in runs]
     assert rates[0] == pytest.approx(rates[1] * 10 / 3)

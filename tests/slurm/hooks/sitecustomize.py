@@ -1,8 +1,8 @@
 """Hold the processes of a job at a certain call, so that a test can act at that very moment, or make a node look broken.
 
-In the environment: LCTRAIN_HOLDS, such as `lctrain.train:_agree@7 lctrain.train:_agree@4`: the first time a rank runs, it is held
-at its 7th call of that function, the next time at its 4th call. A held rank leaves `held-<number of the hold>-<rank>` in the
-folder LCTRAIN_HOLD_AT and waits until `go-<number of the hold>` appears there or a signal asks it to stop.
+In the environment: LCTRAIN_HOLDS, such as `lctrain.train:_agree@7 lctrain.train:_agree@4`: the first time a rank runs, it is
+held at its 7th call of that function, the next time at its 4th call. A held rank leaves `held-<number of the hold>-<rank>` in
+the folder LCTRAIN_HOLD_AT and waits until `go-<number of the hold>` appears there or a signal asks it to stop.
 LCTRAIN_BROKEN_NODE: name of a node that finds no free memory.
 """
 
@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 
 
-def hold(module, name: str, call: int, number: int) -> None:
+def hold(name: str, call: int, number: int, module) -> None:
     from lctrain.launch.signals import StopRequest
 
     folder, rank = Path(os.environ["LCTRAIN_HOLD_AT"]), os.environ.get("RANK", os.environ["SLURM_PROCID"])
@@ -40,7 +40,7 @@ def hold(module, name: str, call: int, number: int) -> None:
     setattr(module, name, held)
 
 
-def break_node(module, name: str) -> None:
+def break_node(name: str, module) -> None:
     import dataclasses
 
     measure = module._measure_alone
@@ -75,13 +75,13 @@ class AfterImport(importlib.abc.MetaPathFinder):
 
 def main() -> None:
     if node := os.environ.get("LCTRAIN_BROKEN_NODE"):
-        sys.meta_path.insert(0, AfterImport("lctrain.launch.preflight", lambda module: break_node(module, node)))
+        sys.meta_path.insert(0, AfterImport("lctrain.launch.preflight", functools.partial(break_node, node)))
     rank = os.environ.get("RANK", os.environ.get("SLURM_PROCID"))
     for number, target in enumerate(os.environ.get("LCTRAIN_HOLDS", "").split()):
         if rank is not None and not Path(os.environ["LCTRAIN_HOLD_AT"], f"held-{number}-{rank}").exists():
             place, _, call = target.partition("@")
             module, _, name = place.partition(":")
-            sys.meta_path.insert(0, AfterImport(module, lambda found: hold(found, name, int(call), number)))
+            sys.meta_path.insert(0, AfterImport(module, functools.partial(hold, name, int(call), number)))
             return
 
 
