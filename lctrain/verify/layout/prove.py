@@ -24,7 +24,7 @@ from lctrain.models.build import build_model
 from lctrain.models.place import parameter_places
 from lctrain.run_dir import RunDir
 from lctrain.verify.layout.judge import Check, judge, leak
-from lctrain.verify.layout.rank import Findings, load_checkpoint, prove
+from lctrain.verify.layout.rank import CPU, Findings, load_checkpoint, prove
 from lctrain.verify.layout.report import LayoutReport, print_matrix, print_one, store
 from lctrain.verify.layout.samples import MadeSamples
 from lctrain.verify.layout.shrink import reference_of, shrink
@@ -140,6 +140,10 @@ def _pool(processes: int, engine: str) -> Iterator[RankPool]:
         quiet_libraries()
     if engine == "megatron":
         import lctrain.engines.megatron.engine  # noqa: F401
+    if engine == "deepspeed":
+        from lctrain.engines.deepspeed.start import import_deepspeed
+
+        import_deepspeed(CPU)
     pool = RankPool(processes)
     try:
         yield pool
