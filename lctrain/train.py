@@ -9,9 +9,11 @@ import torch
 import torch.distributed as dist
 
 from lctrain.attention_choice import announce_choice
+from lctrain.audit.history import note_discarded
 from lctrain.checkpoint.store import CheckpointStore
 from lctrain.config.schema import TrainConfig
 from lctrain.data.batch import StepBatch
+from lctrain.data.digest import digest_text
 from lctrain.data.loader import make_loader, shared_window
 from lctrain.data.samples import SampleSource
 from lctrain.devices import DTYPES, choose_device, peak_flops, peak_memory_mb
@@ -30,8 +32,6 @@ from lctrain.resume import checkpoint_meta, resume, training_state
 from lctrain.run_dir import RunDir
 from lctrain.tracking.tracker import Tracker, open_tracker
 
-DIGEST_BITS = 62
-
 
 def train(config: TrainConfig, process: Process) -> int:
     """Train as `config` says, in an initialised default process group; returns 0 for a finished or gracefully stopped run.
@@ -46,6 +46,8 @@ def train(config: TrainConfig, process: Process) -> int:
         described = build_model(config)
         store = CheckpointStore(run.checkpoints, config.checkpoint.keep_last, config.checkpoint.keep_every)
         start, checkpoint = resume(config, store, engine, mesh.rank)
+        if mesh.rank == 0:
+            note_discarded(run, start)
         tracker = open_tracker(config, mesh.rank, start)
         store.say = tracker.message
         status = 1
@@ -119,7 +121,7 @@ def _loop(
                 "tokens": sums["tokens"],
                 "targets": sums["targets"],
                 "consumed": batch.consumed + trainer.global_batch,
-                "digest": f"{sums['digest'] % 2**DIGEST_BITS:016x}",
+                "digest": digest_text(sums["digest"]),
                 **result.extra,
             }
             if mesh.cp > 1:
