@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import threading
 import time
 from collections.abc import Iterator
@@ -14,6 +13,7 @@ from torch import Tensor
 
 from lctrain.config.schema import DataConfig, TrainConfig, TrainerConfig
 from lctrain.data.batch import MicroBatch, PackedSample, StepBatch
+from lctrain.data.digest import DIGEST_BITS, sample_digest
 from lctrain.models.pattern import parse_pattern
 from lctrain.parallel.deal import make_layout
 from lctrain.parallel.layout import IGNORE, SequenceLayout, count_targets, document_positions, shift_labels
@@ -168,9 +168,9 @@ class Loader:
         for number in range(batch // (dp_size * rows)):
             first = consumed + (number * dp_size + dp_rank) * rows
             samples = [self._source.sample(index) for index in range(first, first + rows)]
-            digest += sum(map(_digest, samples))
+            digest += sum(map(sample_digest, samples))
             micro_batches.append(self._shard(samples))
-        return StepBatch(step, consumed, tuple(micro_batches), digest % 2**62)
+        return StepBatch(step, consumed, tuple(micro_batches), digest % 2**DIGEST_BITS)
 
     def _shard(self, samples: list[PackedSample]) -> MicroBatch:
         tokens = torch.from_numpy(np.stack([sample.tokens for sample in samples]))
@@ -194,10 +194,3 @@ class Loader:
     def _mine(self, layout: SequenceLayout, rows: Tensor, pad: int) -> Tensor:
         shard = layout.shard(rows, self._cp_rank, dim=1, pad=pad)
         return shard.pin_memory() if self._pin else shard
-
-
-def _digest(sample: PackedSample) -> int:
-    """62 bits over a sample's number and tokens; sums of them do not depend on how samples are dealt to ranks."""
-    content = hashlib.blake2b(sample.index.to_bytes(8, "little"), digest_size=8)
-    content.update(sample.tokens.astype(np.int32).data)
-    return int.from_bytes(content.digest(), "little") >> 2
