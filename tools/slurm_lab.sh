@@ -205,7 +205,7 @@ up() {
     launch munged munged --foreground --num-threads=4 --key-file="$ROOT/munge/key" --socket="$SOCKET" \
       --pid-file="$ROOT/run/_munged.pid" --log-file="$ROOT/log/munged.log" --seed-file="$ROOT/munge/seed"
   fi
-  wait_for 10 munge -n -S "$SOCKET" || { say "munged does not answer: $(tail -n 1 "$ROOT/log/munged.out")"; return 1; }
+  wait_for 5 munge -n -S "$SOCKET" || { say "munged does not answer: $(tail -n 1 "$ROOT/log/munged.out")"; return 1; }
   if ! lives slurmctld; then
     if [ "$MODE" = netns ]; then
       launch slurmctld unshare --uts bash -c 'hostname ctl; exec slurmctld -D'
@@ -213,9 +213,9 @@ up() {
       launch slurmctld slurmctld -D
     fi
   fi
-  wait_for 15 controller_up || { say "slurmctld does not answer: $(tail -n 1 "$ROOT/log/slurmctld.log")"; return 1; }
+  wait_for 10 controller_up || { say "slurmctld does not answer: $(tail -n 1 "$ROOT/log/slurmctld.log")"; return 1; }
   for node in $(seq "$NODES"); do start_node "$node"; done
-  wait_for 30 all_idle || { say "$(idle_nodes) of $NODES nodes came up: $(tail -qn 1 "$ROOT"/log/node*.out)"; return 1; }
+  wait_for 15 all_idle || { say "$(idle_nodes) of $NODES nodes came up: $(tail -qn 1 "$ROOT"/log/node*.out)"; return 1; }
 }
 
 down() {

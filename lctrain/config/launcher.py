@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
@@ -72,7 +73,25 @@ class SlurmConfig(Strict):
             for option in getattr(self, name):
                 if not option.startswith("-"):
                     raise ValueError(f"{name} has {option!r}, which is no option: write --name=value")
+        if self.time is not None and self.warn_s >= limit_s(self.time):
+            raise ValueError(f"warn_s={self.warn_s} is the whole time limit (time={self.time}): lower it, or raise the limit")
         return self
+
+
+def limit_s(text: str) -> float:
+    """Seconds of a time limit in SLURM's notation; infinite for UNLIMITED. ValueError for any other text."""
+    if text.lower() in ("unlimited", "infinite"):
+        return float("inf")
+    match = re.fullmatch(r"(?:(\d+)-(\d+)(?::(\d+))?(?::(\d+))?|(\d+)(?::(\d+))?(?::(\d+))?)", text)
+    if match is None:
+        raise ValueError(f"time={text!r} is no time limit: write minutes, hours:minutes:seconds or days-hours:minutes")
+    if match[1] is not None:
+        days, hours, minutes, seconds = (int(part or 0) for part in match.group(1, 2, 3, 4))
+    elif match[7] is not None:
+        days, hours, minutes, seconds = 0, *(int(part) for part in match.group(5, 6, 7))
+    else:  # minutes, or minutes:seconds
+        days, hours, minutes, seconds = 0, 0, int(match[5]), int(match[6] or 0)
+    return ((days * 24 + hours) * 60 + minutes) * 60 + seconds
 
 
 class PreflightConfig(Strict):

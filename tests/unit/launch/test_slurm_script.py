@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from lctrain.config.launcher import ContainerConfig, LauncherConfig, SlurmConfig
+from lctrain.config.launcher import ContainerConfig, LauncherConfig, SlurmConfig, limit_s
 from lctrain.config.schema import CorpusConfig, DataConfig, EngineConfig, ModelConfig, TrainConfig, TrainerConfig
 from lctrain.launch.slurm_script import Job, render_script, sbatch_value
 
@@ -171,11 +171,29 @@ def test_apptainer():
         ({"partition": "a\n#SBATCH --account=b"}, "must be one line of printable text"),
         ({"setup": ("ok", "a\nb")}, "must be one line of printable text"),
         ({"sbatch": ("mail-type=END",)}, "is no option: write --name=value"),
+        ({"time": "1h"}, "time='1h' is no time limit: write minutes, hours:minutes:seconds or days-hours:minutes"),
+        ({"time": "2"}, "warn_s=120 is the whole time limit"),
     ],
 )
 def test_values_that_would_break_the_script_are_refused(settings, message):
     with pytest.raises(ValueError, match=message):
         SlurmConfig(**settings)
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [
+        ("90", 5400),
+        ("90:30", 5430),
+        ("1:02:03", 3723),
+        ("2-3", 183600),
+        ("2-3:04", 183840),
+        ("2-03:04:05", 183845),
+        ("UNLIMITED", float("inf")),
+    ],
+)
+def test_time_limits(text, seconds):
+    assert limit_s(text) == seconds
 
 
 def test_processes_are_counted():
