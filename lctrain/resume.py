@@ -1,4 +1,4 @@
-"""Where a run starts: at step 0, or where a checkpoint left off."""
+"""Where a run starts: at step 0, with random or given weights, or where a checkpoint left off."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from lctrain.config.schema import TrainConfig
 from lctrain.data.identity import data_identity
 from lctrain.engines.base import Engine
 from lctrain.errors import UserError
+from lctrain.initial_weights import load_initial
 
 
 def training_state(engine: Engine, rank: int) -> dict[str, Any]:
@@ -33,6 +34,10 @@ def resume(config: TrainConfig, store: CheckpointStore, engine: Engine, rank: in
     if config.resume == "never" and newest is not None:
         raise UserError(f"resume=never, but run_dir={config.run_dir} has checkpoint {newest.name}; choose another run_dir")
     if newest is None:
+        if config.init_from is not None:
+            changes = load_initial(config, engine)
+            if rank == 0:
+                store.say(f"weights from {config.init_from}" + "".join(f"; {change}" for change in changes))
         return 0, None
     state = training_state(engine, rank)
     meta = store.load(newest, state)

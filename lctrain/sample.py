@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -15,9 +16,35 @@ from lctrain.config.schema import TrainConfig
 from lctrain.data.tokenizers import Tokenizer
 from lctrain.devices import DTYPES
 from lctrain.errors import UserError
+from lctrain.initial_weights import open_weights
 from lctrain.models.model import LanguageModel
 from lctrain.models.moe.moe import TaskState
 from lctrain.run_dir import RunDir
+
+
+class Loaded(NamedTuple):
+    """A model to sample from. about: what it is, for people. tokenizer: as in data.tokenizer."""
+
+    model: LanguageModel
+    tokenizer: str
+    about: str
+
+
+def load_model(path: str, checkpoint: str | None, device: torch.device) -> Loaded:
+    """A run's model, or that of a model folder or of Hugging Face (`lctrain convert` reads both), in fp32 arithmetic."""
+    if RunDir(path).config.exists() or checkpoint is not None or not Path(path).is_dir():
+        config, model, step = load_run(path, checkpoint, device)
+        return Loaded(model, config.data.tokenizer, f"{config.model.name} after {step} steps")
+    opened = open_weights(path)
+    with torch.device("meta"):
+        model = LanguageModel(opened.config)
+    model.to_empty(device=device)
+    with torch.no_grad():
+        for name, tensor in model.state_dict().items():
+            tensor.copy_(opened.ours.read(name))
+    tokenizer = None if opened.carried is None else opened.carried / "tokenizer.json"
+    spec = str(tokenizer) if tokenizer is not None and tokenizer.exists() else "bytes"
+    return Loaded(model.eval(), spec, opened.config.name)
 
 
 def load_run(path: str, checkpoint: str | None, device: torch.device) -> tuple[TrainConfig, LanguageModel, int]:

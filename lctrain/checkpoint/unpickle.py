@@ -26,7 +26,8 @@ builtins:set,frozenset,dict,list,tuple,int,float,complex,bool,str,bytes,bytearra
 _codecs:encode pathlib:Path,PurePath,PosixPath,PurePosixPath,WindowsPath,PureWindowsPath
 torch.distributed.checkpoint.metadata:Metadata,TensorStorageMetadata,BytesStorageMetadata,TensorProperties,ChunkStorageMetadata
 torch.distributed.checkpoint.metadata:MetadataIndex,StorageMeta,_MEM_FORMAT_ENCODING
-torch.distributed.checkpoint.filesystem:_StorageInfo"""
+torch.distributed.checkpoint.planner:SavePlan,WriteItem,WriteItemType,TensorWriteData,BytesIOWriteData
+torch.distributed.checkpoint.filesystem:_StorageInfo,_StoragePrefix"""
 
 ALLOWED = frozenset(
     (module, name) for entry in _TENSORS.split() for module, _, names in [entry.partition(":")] for name in names.split(",")
@@ -63,6 +64,7 @@ class RestrictedUnpickler(pickle.Unpickler):
 
     def find_class(self, module: str, name: str) -> Any:
         """What a pickle may name."""
+        module = "builtins" if module == "__builtin__" else module  # its name in the older protocols, torch.save's among them
         if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
             return getattr(torch, name)
         if module == "torch" and name.endswith("Storage") and name.removesuffix("Storage").isalnum():

@@ -22,17 +22,17 @@ def main(args: list[str]) -> int:
     from lctrain.data.tokenizers import load_tokenizer
     from lctrain.devices import choose_device
     from lctrain.errors import UserError
-    from lctrain.sample import TextStream, generate, load_run
+    from lctrain.sample import TextStream, generate, load_model
 
     device = choose_device(config.device)
-    run, model, step = load_run(config.run, config.checkpoint, device)
-    tasks = run.model.moe.router.tasks if "E" in run.model.pattern else 1
+    model, spec, about = load_model(config.run, config.checkpoint, device)
+    tasks = model.config.moe.router.tasks if "E" in model.config.pattern else 1
     if config.task >= tasks:
         raise UserError(f"task={config.task}: the model of {config.run} has gates for tasks 0 to {tasks - 1}")
-    tokenizer = load_tokenizer(run.data.tokenizer)
+    tokenizer = load_tokenizer(spec)
     ids = tokenizer.encode(config.prompt).astype(np.int64).tolist()
     prompt = torch.tensor(ids or [tokenizer.eod], device=device)  # after a document's end comes a new document
-    print(f"--- {run.model.name} after {step} steps", flush=True)
+    print(f"--- {about}", flush=True)
     for number in range(config.samples):
         stream = TextStream(tokenizer)
         print(config.prompt, end="", flush=True)

@@ -124,5 +124,9 @@ def _prepare(config: TrainConfig, elsewhere_s: float = 0.0) -> RunDir:
     from lctrain.tracking.wandb import check_wandb
 
     check_wandb(config)
+    if config.init_from is not None:
+        from lctrain.initial_weights import check_initial
+
+        check_initial(config)
     ensure_corpora(config.data, config.model.vocab_size)
     return RunDir(config.run_dir).prepare(elsewhere_s=elsewhere_s)

@@ -36,7 +36,8 @@ class ConvertConfig(_Base):  # type: ignore[misc, valid-type]
     vocab_size: Positive | None = None
     """to=hf: rows of the vocabulary to keep; null: as many as there were before padding."""
     accept: tuple[str, ...] = ()
-    """Keys of config.json that the family's table does not know and that you know to change nothing."""
+    """Keys of config.json that the family's table does not know and that you know to change nothing; to=megatron: limits of
+    Mamba-2's steps, which megatron-core lacks (mamba.dt_limit_min, mamba.dt_limit_max)."""
     unmatched: Literal["error", "drop"] = "error"
     """What to do about tensors of the input that no rule knows."""
     dry_run: bool = False

@@ -13,7 +13,7 @@ class SampleConfig(Strict):
     """`lctrain sample`: text from a trained model."""
 
     run: str
-    """Run directory of `lctrain train`."""
+    """Run directory of `lctrain train`, a model folder of `lctrain convert`, or a Hugging Face model."""
     prompt: str = ""
     """Text to continue; empty: begin a new document."""
     checkpoint: str | None = None

@@ -355,6 +355,9 @@ class TrainConfig(Strict):
     resume: NonEmpty = "auto"
     """auto: newest verified checkpoint of run_dir if there is one; never: refuse a run_dir that has one; or the path of a
     checkpoint folder to start from."""
+    init_from: NonEmpty | None = None
+    """Weights that a new run starts from: a model folder of `lctrain convert`, a run, one of its checkpoints, or a Hugging Face
+    model. `model` must describe them; rotary embedding, windows and a larger vocabulary may differ. Null: random ones."""
     model: ModelConfig
     """The network."""
     data: DataConfig

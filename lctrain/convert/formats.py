@@ -68,9 +68,9 @@ def open_input(options: ConvertConfig) -> tuple[str, Opened]:
     return kind, open_deepspeed(path, options)
 
 
-def open_ours(path: Path, options: ConvertConfig) -> Opened:
-    """Weights of ours, with the vocabulary that they had before padding."""
-    native = open_native(path, options.config)
+def open_ours(path: Path, options: ConvertConfig, checked: bool = True) -> Opened:
+    """Weights of ours, with the vocabulary that they had before padding. checked: see open_native."""
+    native = open_native(path, options.config, checked)
     config = padded(native.config, options.vocab_multiple)
     mapping = WeightMap.of(config, None, native.config.vocab_size)
     unmatched = mapping.check_theirs(native.source.infos, {})

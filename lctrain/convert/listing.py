@@ -53,7 +53,7 @@ def families_table() -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
     """Columns and rows, from the tables themselves."""
     from lctrain.convert.support import blocks_of, megatron_support
 
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for family in FAMILIES.values():
         rows.append((family.name, family.architecture, blocks_of(family), "both ways", megatron_support(family), "both ways"))
     return ("family", "transformers", "blocks", "hf", "megatron", "deepspeed"), rows

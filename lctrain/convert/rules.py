@@ -48,13 +48,15 @@ class Joined:
 
     taps: bool = False
     """As for Same."""
+    axis: int = 0
+    """Dimension along which they are joined: 1 where 0 is the expert."""
 
     def to_theirs(self, ours: list[Tensor]) -> list[Tensor]:
-        whole = torch.cat(ours)
+        whole = torch.cat(ours, dim=self.axis)
         return [whole.unsqueeze(1) if self.taps else whole]
 
     def to_ours(self, theirs: list[Tensor], shapes: Shapes) -> list[Tensor]:
-        parts = theirs[0].split([shape[0] for shape in shapes])
+        parts = theirs[0].split([shape[self.axis] for shape in shapes], dim=self.axis)
         return [part.reshape(shape) for part, shape in zip(parts, shapes, strict=True)]
 
 
@@ -91,14 +93,25 @@ class GroupedHeads:
     """Our q, k and v are one of theirs, in which the query heads of a key head stand before it, and its values after it."""
 
     kv_heads: int
+    order: tuple[int, ...] = ()
+    """As for Reordered, of every head of q and k; empty: the same order."""
 
     def to_theirs(self, ours: list[Tensor]) -> list[Tensor]:
-        return [torch.cat([x.unflatten(0, (self.kv_heads, -1)) for x in ours], dim=1).flatten(0, 1)]
+        q, k, v = ours
+        parts = [self._take(q, self.order), self._take(k, self.order), v]
+        return [torch.cat([x.unflatten(0, (self.kv_heads, -1)) for x in parts], dim=1).flatten(0, 1)]
 
     def to_ours(self, theirs: list[Tensor], shapes: Shapes) -> list[Tensor]:
         per_group = [shape[0] // self.kv_heads for shape in shapes]
-        parts = theirs[0].unflatten(0, (self.kv_heads, -1)).split(per_group, dim=1)
-        return [part.flatten(0, 1) for part in parts]
+        q, k, v = (part.flatten(0, 1) for part in theirs[0].unflatten(0, (self.kv_heads, -1)).split(per_group, dim=1))
+        back = tuple(torch.tensor(self.order).argsort().tolist())
+        return [self._take(q, back), self._take(k, back), v]
+
+    @staticmethod
+    def _take(x: Tensor, order: tuple[int, ...]) -> Tensor:
+        if not order:
+            return x
+        return x.unflatten(0, (-1, len(order))).index_select(1, torch.tensor(order, device=x.device)).flatten(0, 1)
 
 
 @dataclasses.dataclass(frozen=True)

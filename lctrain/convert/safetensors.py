@@ -62,7 +62,7 @@ class SafetensorsFolder:
         data = torch.empty(size, dtype=torch.uint8)
         file = self._file(path)
         file.seek(start)
-        rest = memoryview(data.numpy())
+        rest = data.numpy().data
         while len(rest):  # a single read ends at 2 GB
             count = file.readinto(rest)  # type: ignore[attr-defined]
             if not count:
@@ -104,7 +104,7 @@ class SafetensorsWriter:
         written = 0
         for block in blocks:
             assert block.dtype == self._infos[name].dtype, (name, block.dtype)
-            rest = memoryview(block.contiguous().view(-1).view(torch.uint8).numpy())
+            rest = block.contiguous().view(-1).view(torch.uint8).numpy().data
             written += len(rest)
             while len(rest):  # a single write ends at 2 GB
                 rest = rest[self._file.write(rest) :]
