@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import itertools
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from lctrain.errors import UserError
 from lctrain.run_dir import RunDir
-from lctrain.tracking.jsonl import read_events, read_metrics
+from lctrain.tracking.jsonl import read_metrics
+from lctrain.tracking.series import restarts, series, smooth
 
-SMOOTHING = 0.05
-"""The smoothed curve averages over about this share of the run's steps."""
 BLUE, ORANGE, GREEN, GREY = "#2f6db5", "#d9662b", "#3a8f5c", "#777777"
 
 
@@ -29,27 +26,27 @@ def plot_loss(run: RunDir) -> Path:
     top = figure.add_subplot(grid[0])
     rate, norm = figure.add_subplot(grid[1], sharex=top), figure.add_subplot(grid[2], sharex=top)
 
-    steps, losses = _series(records, "loss")
+    steps, losses = series(records, "loss")
     marker = "o" if len(steps) == 1 else None
     top.plot(steps, losses, color=BLUE, alpha=0.35, linewidth=0.9, marker=marker, label="train")
     if len(losses) >= 10:
         top.plot(
             steps,
-            _smooth(losses, max(1, round(SMOOTHING * len(losses) / 2))),
+            smooth(losses),
             color=BLUE,
             linewidth=1.8,
             label="train, smoothed",
         )
-    top.plot(*_series(records, "eval_loss"), color=ORANGE, marker="o", markersize=4, linewidth=1.2, label="held-out")
+    top.plot(*series(records, "eval_loss"), color=ORANGE, marker="o", markersize=4, linewidth=1.2, label="held-out")
     skipped = [record["step"] for record in records if record.get("skipped")]
     if skipped:
         top.plot(
             skipped, [1.0] * len(skipped), "x", color="red", transform=top.get_xaxis_transform(), clip_on=False, label="skipped"
         )
-    rate.plot(*_series(records, "lr"), color=GREEN, linewidth=1.2)
-    norm.plot(*_series(records, "grad_norm"), color=GREY, linewidth=0.9)
+    rate.plot(*series(records, "lr"), color=GREEN, linewidth=1.2)
+    norm.plot(*series(records, "grad_norm"), color=GREY, linewidth=0.9)
 
-    for number, step in enumerate(_restarts(run, records)):
+    for number, step in enumerate(restarts(run, records)):
         for axes in (top, rate, norm):
             axes.axvline(
                 step, color="black", linestyle=":", linewidth=1, label="restart" if axes is top and not number else None
@@ -72,22 +69,3 @@ def plot_loss(run: RunDir) -> Path:
     figure.align_ylabels([top, rate, norm])
     figure.savefig(run.plot)
     return run.plot
-
-
-def _series(records: list[dict[str, Any]], key: str) -> tuple[list[int], list[float]]:
-    """(steps, values) of the records that have a finite value."""
-    rows = [(record["step"], float(record[key])) for record in records if record.get(key) is not None]
-    return [step for step, _ in rows], [value for _, value in rows]
-
-
-def _smooth(values: list[float], half: int) -> list[float]:
-    """Mean of each value and up to `half` neighbours on either side; centred, so that the curve does not lag behind."""
-    sums = list(itertools.accumulate(values, initial=0.0))
-    windows = ((max(0, i - half), min(len(values), i + half + 1)) for i in range(len(values)))
-    return [(sums[end] - sums[start]) / (end - start) for start, end in windows]
-
-
-def _restarts(run: RunDir, records: list[dict[str, Any]]) -> list[int]:
-    """Steps from which the run was resumed, as far as they lie inside the picture."""
-    steps = {event["step"] for event in read_events(run.events) if event.get("kind") == "resume" and "step" in event}
-    return sorted(step for step in steps if step <= records[-1]["step"])

@@ -7,7 +7,8 @@ import pytest
 
 from lctrain.errors import UserError
 from lctrain.tracking.jsonl import MetricsLog, append_event
-from lctrain.tracking.plot import _restarts, _smooth, plot_loss
+from lctrain.tracking.plot import plot_loss
+from lctrain.tracking.series import restarts, smooth, thin
 
 
 def record(run, count, **extra):
@@ -40,13 +41,24 @@ def test_a_run_without_steps_is_an_error_not_a_blank_page(run):
 def test_restarts_come_from_the_events(run):
     for kind, step in (("start", 0), ("resume", 20), ("checkpoint", 25), ("resume", 10), ("resume", 20), ("resume", 99)):
         append_event(run.events, kind, step=step)
-    assert _restarts(run, [{"step": 50}]) == [10, 20]
+    assert restarts(run, [{"step": 50}]) == [10, 20]
 
 
 def test_smoothing_is_a_centred_mean():
     values = list(np.random.default_rng(0).normal(size=30))
-    smoothed = _smooth(values, 3)
+    smoothed = smooth(values, 3)
     assert smoothed[0] == pytest.approx(np.mean(values[:4]))
     assert smoothed[10] == pytest.approx(np.mean(values[7:14]))
     assert smoothed[29] == pytest.approx(np.mean(values[26:]))
-    assert _smooth([5.0], 3) == [5.0]
+    assert smooth([5.0], 3) == [5.0]
+
+
+def test_thinning_keeps_ends_and_spikes():
+    values = [1.0] * 5000
+    values[1234], values[4000] = 9.0, -9.0
+    xs, ys = thin(list(range(5000)), values, 100)
+    assert len(xs) <= 102
+    assert (xs[0], xs[-1]) == (0, 4999)
+    assert {9.0, -9.0} <= set(ys)
+    assert xs == sorted(xs)
+    assert thin([1, 2], [3.0, 4.0], 100) == ([1, 2], [3.0, 4.0])
