@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import shlex
 import sys
 from datetime import UTC, datetime
 from pathlib import Path
@@ -133,7 +134,8 @@ def _tell(config: TrainConfig, job: Job, jobs: list[str], folders: tuple[Path, .
     if job.runs:
         what += f", an array of {len(folders)} runs in {job.run}"
     print(f"submitted {what}: {describe(launcher)}, time limit {launcher.slurm.time or 'of the partition'}")
+    run, first = (shlex.quote(os.path.relpath(path)) for path in (job.run, folders[0]))
     print(f"  script    {os.path.relpath(job.kept)}/job.sbatch")
-    print(f"  follow    lctrain logs {os.path.relpath(folders[0])} follow=true")
-    print(f"  state     lctrain status {os.path.relpath(job.run)}")
-    print(f"  end       lctrain stop {os.path.relpath(job.run)}")
+    print(f"  follow    lctrain logs {first} follow=true")
+    print(f"  state     lctrain status {run}")
+    print(f"  end       lctrain stop {run}")

@@ -101,7 +101,13 @@ def _directives(config: TrainConfig, job: Job) -> list[str]:
         ("signal", f"B:USR1@{slurm.warn_s}"),
     ]
     known = [f"--{name}={sbatch_value(str(value))}" for name, value in options if value is not None]
-    return [*known, "--requeue" if launcher.chain == 1 else "--no-requeue", *slurm.sbatch]
+    return [*known, "--requeue" if launcher.chain == 1 else "--no-requeue", *map(_option, slurm.sbatch)]
+
+
+def _option(text: str) -> str:
+    """One further option of the user's, with its value quoted unless that has been done."""
+    name, equals, value = text.partition("=")
+    return text if not equals or value.startswith(("'", '"')) else f"{name}={sbatch_value(value)}"
 
 
 def _in_container(slurm: SlurmConfig, job: Job) -> tuple[list[str], list[str]]:

@@ -33,7 +33,9 @@ def test_a_node_goes_down(power, run, reference, node):
     power.tool("start", str(node))
     run.wait_for_end()
     assert run.metrics() == reference
-    assert [event["step"] for event in run.events("resume")] == [4]
+    # A node that comes back is told once more to end what it had; that may hit the new start, which then saves and requeues.
+    assert {event["step"] for event in run.events("resume")} == {4}
+    assert run.events("give_up") == []
     assert len(run.wandb_ids()) == 1
 
 

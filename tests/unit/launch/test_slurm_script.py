@@ -72,7 +72,7 @@ def test_all_options():
         "mem": "0",
         "constraint": "[a100&ib|h100]",
         "exclude": "node[1-3,7]",
-        "sbatch": ("--mail-type=END", "--comment=for 'x'"),
+        "sbatch": ("--mail-type=END", "--comment=for 'x'", "-J own", "--wckey='a b'"),
         "srun": ("--mpi=none",),
         "setup": ("module load cuda/12", "source ~/venv/bin/activate"),
         "python": "python3.12",
@@ -98,7 +98,9 @@ def test_all_options():
         "--signal=B:USR1@300",
         "--requeue",
         "--mail-type=END",
-        "--comment=for 'x'",
+        "--comment=\"for 'x'\"",
+        "-J own",
+        "--wckey='a b'",
     ]
     assert "\nmodule load cuda/12\nsource ~/venv/bin/activate\nexport PYTHONPATH=" in text
     assert "--ntasks=32 --ntasks-per-node=8 --cpus-per-task=6 --kill-on-bad-exit=1" in text
