@@ -24,7 +24,7 @@ from lctrain.kernels.ssd.merge import Summary
 from lctrain.kernels.ssd.panels import Problem
 
 CHUNK = 128
-"""Tokens per chunk: the fastest on CPU for heads of 64 and states of 128."""
+"""Tokens per chunk: for states of 128, backward then keeps as many numbers as x has. On CPU 64 is a fifth faster and keeps twice."""
 
 
 class Relay(Protocol):
