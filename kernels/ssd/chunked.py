@@ -24,7 +24,7 @@ from lctrain.kernels.ssd.merge import Summary
 from lctrain.kernels.ssd.panels import Problem
 
 CHUNK = 128
-"""Tokens per chunk: for states of 128, backward then keeps as many numbers as x has. On CPU 64 is a fifth faster and keeps twice."""
+"""Tokens per chunk: for states of 128, as many numbers as x has are kept for backward. On CPU 64 is faster and keeps twice."""
 
 
 class Relay(Protocol):
