@@ -20,8 +20,8 @@ import torch
 from lctrain.errors import UserError
 
 _TENSORS = """torch:Size,device,Tensor torch.nn.parameter:Parameter torch.storage:UntypedStorage
-torch._utils:_rebuild_tensor,_rebuild_tensor_v2,_rebuild_parameter torch.serialization:_get_layout
-collections:OrderedDict,defaultdict
+torch._utils:_rebuild_tensor,_rebuild_tensor_v2,_rebuild_parameter torch._tensor:_rebuild_from_type_v2
+torch.serialization:_get_layout collections:OrderedDict,defaultdict
 builtins:set,frozenset,dict,list,tuple,int,float,complex,bool,str,bytes,bytearray,slice,range
 _codecs:encode pathlib:Path,PurePath,PosixPath,PurePosixPath,WindowsPath,PureWindowsPath
 torch.distributed.checkpoint.metadata:Metadata,TensorStorageMetadata,BytesStorageMetadata,TensorProperties,ChunkStorageMetadata

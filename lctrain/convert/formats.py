@@ -43,7 +43,7 @@ def detect(path: Path) -> str:
         return "hf"
     if (path / "metadata.json").exists() and (path / ".metadata").exists():
         return "megatron"
-    if (path / "latest").exists() or (path / "zero").is_dir() or list(path.glob("*model_states.pt")):
+    if any((path / name).exists() for name in ("latest", "latest_universal", "zero")) or list(path.glob("*model_states.pt")):
         return "deepspeed"
     raise UserError(f"input={path}: none of the formats that are known; say which with from=hf, lctrain, megatron or deepspeed")
 

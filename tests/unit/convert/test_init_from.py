@@ -11,8 +11,8 @@ from lctrain.commands import sample
 from lctrain.config.load import load
 from lctrain.config.schema import TrainConfig
 from lctrain.convert.native import open_native
-from lctrain.engines.torch_engine import TorchEngine
 from lctrain.data.prepare import ensure_corpora
+from lctrain.engines.torch_engine import TorchEngine
 from lctrain.errors import UserError
 from lctrain.initial_weights import check_initial, load_initial
 from lctrain.launch.ranks import close_pools, run_ranks

@@ -1,0 +1,92 @@
+"""Hugging Face -> lctrain -> megatron-core -> lctrain -> DeepSpeed -> lctrain -> Hugging Face: every bit arrives."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from lctrain.config.convert import ConvertConfig
+from lctrain.config.moe import BalanceConfig, MoeConfig, RouterConfig
+from lctrain.config.schema import AttentionConfig, MlpConfig, ModelConfig
+from lctrain.convert.families import FAMILIES, family_for
+from lctrain.convert.listing import families_table
+from lctrain.convert.mapping import our_infos
+from lctrain.convert.native import write_model
+from lctrain.convert.run import convert
+from lctrain.convert.safetensors import SafetensorsFolder, SafetensorsWriter
+
+ATTENTION = AttentionConfig(n_heads=4, n_kv_heads=2, head_dim=8)
+CONFIGS = {
+    "llama": ModelConfig(pattern="(*-){3}", d_model=32, vocab_size=100, attention=ATTENTION, mlp=MlpConfig(d_ff=48)),
+    "mixtral": ModelConfig(
+        pattern="(WE){2}",
+        d_model=32,
+        vocab_size=100,
+        attention=ATTENTION.model_copy(update={"window": 8}),
+        moe=MoeConfig(n_experts=4, d_ff=24),
+        tie_embeddings=True,
+    ),
+    "nemotron_h": ModelConfig(
+        pattern="M-*EM",
+        d_model=32,
+        vocab_size=100,
+        attention=ATTENTION.model_copy(update={"rotary": False}),
+        mamba={"head_dim": 8, "d_state": 16, "n_groups": 2},
+        mlp=MlpConfig(d_ff=48, activation="relu2"),
+        moe=MoeConfig(
+            n_experts=4,
+            d_ff=24,
+            shared_d_ff=20,
+            activation="relu2",
+            router=RouterConfig(score="sigmoid"),
+            balance=BalanceConfig(bias_rate=0.001),
+        ),
+    ),
+}
+
+
+def run(**settings) -> None:
+    values = {key: str(value) if isinstance(value, Path) else value for key, value in settings.items()}
+    assert convert(ConvertConfig(**{"verify": False, **values})) == 0
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_there_and_back_through_all(tmp_path, name):
+    config = CONFIGS[name]
+    start = tmp_path / "start"
+    start.mkdir()
+    infos, _ = our_infos(config)
+    writer = SafetensorsWriter(start, infos, 10**9, {})
+    for tensor, info in infos.items():
+        writer.write(tensor, [torch.randn(info.shape)])
+    writer.close()
+    write_model(start, "start", config)
+    run(input=start, output=tmp_path / "hf", to="hf", family=name)
+    (tmp_path / "hf" / "tokenizer.json").write_text("{}")
+    stages = ["lctrain", "megatron", "lctrain", "deepspeed", "lctrain", "hf"]
+    folder = tmp_path / "hf"
+    for number, to in enumerate(stages):
+        output = tmp_path / f"{number}-{to}"
+        run(input=folder, output=output, to=to, vocab_multiple=64 if number == 0 else 1)
+        folder = output
+    a, b = SafetensorsFolder(tmp_path / "hf"), SafetensorsFolder(folder)
+    assert dict(a.infos) == dict(b.infos)
+    for tensor in a.infos:
+        assert torch.equal(a.read(tensor), b.read(tensor)), tensor
+    before, after = (json.loads((path / "config.json").read_text()) for path in (tmp_path / "hf", folder))
+    assert before == after
+
+
+def test_the_list_is_made_from_the_tables():
+    columns, rows = families_table()
+    assert [row[0] for row in rows] == list(FAMILIES)
+    assert columns[0] == "family"
+    assert dict(zip(FAMILIES, (row[2] for row in rows), strict=True))["nemotron_h"] == "*M-E"
+
+
+def test_a_model_finds_its_family():
+    assert family_for(CONFIGS["llama"]).name == "llama"
+    assert family_for(CONFIGS["nemotron_h"]).name == "nemotron_h"
