@@ -182,6 +182,15 @@ def test_an_unusable_run_directory(cluster):
     assert calls(cluster) == []
 
 
+def test_the_layout_of_a_cluster_is_proved_on_this_machine():
+    from lctrain.config.load import load
+    from lctrain.config.verify import LayoutVerifyConfig
+    from lctrain.verify.layout.shrink import shrink
+
+    small, _ = shrink(load(TrainConfig, "train", [*SETTINGS, "parallel.cp=4"]), LayoutVerifyConfig(processes=2))
+    assert (small.launcher.kind, small.launcher.processes, small.parallel.cp) == ("local", 2, 2)
+
+
 class TestJobState:
     def test_fields(self):
         text = (
