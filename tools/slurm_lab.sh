@@ -27,8 +27,13 @@ export PATH=$PATH:/usr/sbin:/sbin
 
 say() { echo "slurm_lab: $*" >&2; }
 
+lacking() { # COMMAND...: the first that this machine does not have
+  local name
+  for name in "$@"; do command -v "$name" >/dev/null || { echo "$name"; return; }; done
+}
+
 can_make_networks() {
-  [ "$(id -u)" = 0 ] && command -v ip nsenter unshare >/dev/null || return 1
+  [ "$(id -u)" = 0 ] && [ -z "$(lacking ip nsenter unshare)" ] || return 1
   ip link add "lcs${LAB}t0" type veth peer name "lcs${LAB}t1" 2>/dev/null || return 1
   ip link del "lcs${LAB}t0"
   unshare --net --pid --uts --ipc --mount --fork true 2>/dev/null
@@ -40,7 +45,7 @@ choose_mode() {
 }
 
 install() {
-  if command -v slurmctld slurmd munged ip >/dev/null; then return 0; fi
+  [ -n "$(lacking slurmctld slurmd sbatch munged ip)" ] || return 0
   command -v apt-get >/dev/null || { say "not installed: this is no Debian or Ubuntu (no apt-get)"; return 1; }
   [ "$(id -u)" = 0 ] || { say "not installed: run 'tools/slurm_lab.sh install' as root"; return 1; }
   local log
@@ -190,9 +195,8 @@ controller_up() { scontrol ping | grep -q "is UP"; }
 
 up() {
   local missing node
-  for missing in slurmctld slurmd munged sbatch; do
-    command -v $missing >/dev/null || { say "$missing is not installed: tools/slurm_lab.sh install (as root)"; return 1; }
-  done
+  missing=$(lacking slurmctld slurmd sbatch munged)
+  [ -z "$missing" ] || { say "$missing is not installed: tools/slurm_lab.sh install (as root)"; return 1; }
   choose_mode
   configure
   if [ "$MODE" = netns ]; then
