@@ -151,5 +151,5 @@ def test_mistakes_are_told() -> None:
         main(["layout", "--all", "model=tiny"])
     with pytest.raises(UserError, match=r"verify.only=nonsense.*dense torch cp2 ring"):
         main(["layout", "--all", "verify.only=nonsense"])
-    with pytest.raises(UserError, match="is not a multiple of parallel.cp=3"):
+    with pytest.raises(UserError, match=r"is not a multiple of parallel.cp=3"):
         main(["layout", "parallel.cp=3", "launcher.processes=4"])
