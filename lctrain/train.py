@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import time
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,6 +12,7 @@ import torch.distributed as dist
 
 from lctrain.attention_choice import announce_choice
 from lctrain.audit.history import note_discarded
+from lctrain.checkpoint.background import Saver
 from lctrain.checkpoint.store import CheckpointStore
 from lctrain.config.schema import TrainConfig
 from lctrain.data.batch import StepBatch
@@ -17,12 +20,15 @@ from lctrain.data.digest import digest_text
 from lctrain.data.loader import make_loader, shared_window
 from lctrain.data.samples import SampleSource
 from lctrain.devices import DTYPES, choose_device, peak_flops, peak_memory_mb
-from lctrain.engines.base import Engine, train_step
+from lctrain.engines.base import Engine, StepResult, train_step
 from lctrain.engines.make import make_engine
 from lctrain.errors import UserError
+from lctrain.faults.guard import GoBack, LossGuard
+from lctrain.faults.replicas import check_replicas
 from lctrain.launch.grace import GracePeriod
 from lctrain.launch.process import Process
 from lctrain.launch.signals import StopRequest
+from lctrain.launch.watchdog import Watchdog
 from lctrain.models.build import build_model
 from lctrain.models.model import LanguageModel
 from lctrain.optim import learning_rate
@@ -32,36 +38,72 @@ from lctrain.resume import checkpoint_meta, resume, training_state
 from lctrain.run_dir import RunDir
 from lctrain.tracking.tracker import Tracker, open_tracker
 
+LEFT_OUT = StepResult(math.nan, math.nan, None)
+"""Of a step whose batch the run leaves out."""
 
-def train(config: TrainConfig, process: Process) -> int:
+
+def train(config: TrainConfig, process: Process, watchdog: Watchdog | None = None) -> int:
     """Train as `config` says, in an initialised default process group; returns 0 for a finished or gracefully stopped run.
 
     Raises UserError, on every rank, for what the user can correct.
     """
+    watchdog = watchdog or Watchdog(process.rank, process.world_size, 0, speak=False)
     with StopRequest() as stop:
+        watchdog.phase("building the model")
         mesh = config.mesh(process.rank, process.world_size)
         device = choose_device(config.engine.device, process.local_rank, process.local_size)
         engine = make_engine(config, mesh, mesh.make_groups(), device)
         run = RunDir(config.run_dir)
         described = build_model(config)
         store = CheckpointStore(run.checkpoints, config.checkpoint.keep_last, config.checkpoint.keep_every)
-        start, checkpoint = resume(config, store, engine, mesh.rank)
-        if mesh.rank == 0:
-            note_discarded(run, start)
-        tracker = open_tracker(config, mesh.rank, start)
-        store.say = tracker.message
-        status = 1
-        try:
-            _announce(config, mesh, described, start, checkpoint, tracker)
-            announce_choice(config, device, tracker)
-            if start < config.trainer.steps:
-                _loop(config, mesh, engine, described, device, store, tracker, start, stop)
-            status = 0
-        finally:
-            tracker.close(status)
+        saver = Saver(store, config.checkpoint.asynchronous, pin=device.type == "cuda")
+        watchdog.watch_layers()
+        back: Path | None = None
+        while True:
+            try:
+                _continue(config, mesh, engine, described, device, saver, stop, watchdog, back)
+                break
+            except GoBack as order:
+                back = order.path
         if mesh.rank == 0 and config.tracking.plot:
+            watchdog.phase("drawing")
             _plot(run)
     return 0
+
+
+def _continue(
+    config: TrainConfig,
+    mesh: ProcessMesh,
+    engine: Engine,
+    described: LanguageModel,
+    device: torch.device,
+    saver: Saver,
+    stop: StopRequest,
+    watchdog: Watchdog,
+    back: Path | None,
+) -> None:
+    """Train from where config.resume says, or from the checkpoint `back`, to the end, or until GoBack."""
+    run = RunDir(config.run_dir)
+    watchdog.phase("loading")
+    asked = config if back is None else config.model_copy(update={"resume": str(back)})
+    start, checkpoint = resume(asked, saver.store, engine, mesh.rank)
+    guard = LossGuard(config, run, mesh.rank, start, checkpoint)
+    if mesh.rank == 0:
+        note_discarded(run, start)
+    tracker = open_tracker(config, mesh.rank, start)
+    saver.store.say = tracker.message
+    status = 1
+    try:
+        _announce(config, mesh, described, start, checkpoint, tracker)
+        announce_choice(config, device, tracker)
+        if start < config.trainer.steps:
+            _loop(config, mesh, engine, described, device, saver, guard, tracker, start, stop, watchdog)
+        status = 0
+    except GoBack:
+        status = 0
+        raise
+    finally:
+        tracker.close(status)
 
 
 def _loop(
@@ -70,34 +112,49 @@ def _loop(
     engine: Engine,
     described: LanguageModel,
     device: torch.device,
-    store: CheckpointStore,
+    saver: Saver,
+    guard: LossGuard,
     tracker: Tracker,
     start: int,
     stop: StopRequest,
+    watchdog: Watchdog,
 ) -> None:
     trainer, saved = config.trainer, start
     peak, peak_source = peak_flops(device, DTYPES[config.engine.dtype])
     tracker.message(f"mfu 100% = {peak / 1e9:,.0f} GFLOP/s per process ({peak_source})")
-    skipped_in_a_row = 0
     grace = GracePeriod(config.launcher)
 
     def save(step: int) -> None:
         nonlocal saved
+        watchdog.phase("saving", step)
         began = time.perf_counter()
-        path = store.save(step, training_state(engine, mesh.rank), checkpoint_meta(config, step))
-        seconds = time.perf_counter() - began
-        tracker.event("checkpoint", step=step, checkpoint=str(path), seconds=round(seconds, 3))
-        if warning := grace.saved(seconds):
-            tracker.message(warning)
-            tracker.event("grace", message=warning)
+        meta = {**checkpoint_meta(config, step), **guard.meta()}
+        saver.save(step, training_state(engine, mesh.rank), meta, began)
         saved = step
+        note_saved()
+
+    def note_saved() -> None:
+        for done in saver.finished():
+            guard.saved(done.step, done.path)
+            waited = {"stall_s": round(done.stall_s, 3)} if saver.asynchronous else {}
+            tracker.event("checkpoint", step=done.step, checkpoint=str(done.path), seconds=round(done.seconds, 3), **waited)
+            if warning := grace.saved(done.seconds):
+                tracker.message(warning)
+                tracker.event("grace", message=warning)
 
     source = SampleSource(config.data, trainer, config.model.vocab_size, "train")
     evaluation = SampleSource(config.data, trainer, config.model.vocab_size, "valid") if trainer.eval_every else None
+    if guard.needs_first_checkpoint:
+        save(start)
+    watchdog.phase("reading data", start + 1)
     with make_loader(config, mesh, source, start, pin_memory=device.type == "cuda") as loader:
         began = time.perf_counter()
         for batch in loader:
-            sums = _agree(config, batch, mesh, described, stop)
+            watchdog.phase("step", batch.step + 1)
+            sums = _agree(config, batch, mesh, described, stop, saver)
+            if sums["failed"]:
+                saver.wait()  # raises on all ranks what went wrong with the checkpoint
+            note_saved()
             grace.stop_checked()
             if sums["stop"]:
                 name = stop.requested or "a stop signal on another rank"
@@ -105,8 +162,9 @@ def _loop(
                 tracker.event("stop", step=batch.step, signal=name)
                 break
             lr = learning_rate(config.optim, batch.step, trainer.steps)
-            result = train_step(engine, batch, sums["targets"], lr)
             step = batch.step + 1
+            left_out = guard.leaves_out(step) is not None
+            result = LEFT_OUT if left_out else train_step(engine, batch, sums["targets"], lr, guard.judge)
             step_s = time.perf_counter() - began
             record: dict[str, Any] = {
                 "step": step,
@@ -126,29 +184,42 @@ def _loop(
             }
             if mesh.cp > 1:
                 record["cp_imbalance"] = sums["busiest"] / max(1, sums["entries"])
-            if result.problem is None:
-                skipped_in_a_row = 0
-            else:
-                skipped_in_a_row += 1
-                record["skipped"] = True
-                _handle_problem(config, step, result.problem, skipped_in_a_row, record, tracker)
+            if left_out:
+                record["passed_over"] = record["skipped"] = True
+            if result.problem is not None:
+                saver.wait()  # the checkpoint to go back to, or to leave behind, is to be whole
+                note_saved()
+            guard.handle(step, result.problem, source, record, tracker)
             if evaluation is not None and (step % trainer.eval_every == 0 or step == trainer.steps):
+                watchdog.phase("evaluation", step)
                 record["eval_loss"] = _evaluate(config, mesh, engine, device, evaluation)
             tracker.step(record)
+            if trainer.replica_check_every and step % trainer.replica_check_every == 0:
+                watchdog.phase("comparing replicas", step)
+                check_replicas(engine.state()["model"], step, step == trainer.replica_check_every, tracker)
             if config.checkpoint.every and step % config.checkpoint.every == 0:
                 save(step)
+            watchdog.phase("reading data", step + 1)
             began = time.perf_counter()  # evaluation and checkpoint do not count as the next step's time
         done = batch.step if sums["stop"] else trainer.steps
     if saved != done:
         save(done)
+    watchdog.phase("saving", done)
+    saver.wait()
+    note_saved()
     if done == trainer.steps:
         tracker.event("end", step=done)
 
 
 def _agree(
-    config: TrainConfig, batch: StepBatch, mesh: ProcessMesh, described: LanguageModel, stop: StopRequest
+    config: TrainConfig,
+    batch: StepBatch,
+    mesh: ProcessMesh,
+    described: LanguageModel,
+    stop: StopRequest,
+    saver: Saver,
 ) -> dict[str, int]:
-    """Sums over the whole global batch, and whether any rank was asked to stop: equal on all ranks, one small all-reduce.
+    """Sums over the whole global batch, and whether any rank was asked to stop or could not save: one small all-reduce.
 
     entries: live score entries of attention; busiest: what they would be if every context-parallel rank had as many as the one
     with the most in its micro-batch, for which the others wait.
@@ -164,24 +235,12 @@ def _agree(
         "busiest": sum(map(max, work)) * mesh.cp * first,
         "digest": batch.digest * first,
         "stop": int(stop.requested is not None),
+        "failed": int(saver.failed),
     }
     sums = torch.tensor(list(names.values()), dtype=torch.int64)
     if mesh.size > 1:
         dist.all_reduce(sums)
     return dict(zip(names, sums.tolist(), strict=True))
-
-
-def _handle_problem(
-    config: TrainConfig, step: int, problem: str, in_a_row: int, record: dict[str, Any], tracker: Tracker
-) -> None:
-    """Apply trainer.non_finite: return to go on without this update, or raise."""
-    tracker.event("not_finite", step=step, problem=problem)
-    if config.trainer.non_finite == "skip" and in_a_row <= config.trainer.max_skips:
-        tracker.message(f"step {step}: {problem}; the update is skipped")
-        return
-    tracker.step(record)
-    after = f" after {in_a_row - 1} skipped steps in a row (trainer.max_skips)" if in_a_row > 1 else ""
-    raise UserError(f"step {step}: {problem}; stopped{after}, checkpoints stay as they were")
 
 
 def _evaluate(config: TrainConfig, mesh: ProcessMesh, engine: Engine, device: torch.device, source: SampleSource) -> float:

@@ -133,7 +133,9 @@ def _checkpoints(history: History) -> Check:
         if (meta["step"], meta["consumed"]) != (step, step * batch):
             wrong.append(f"checkpoint of step {step} says step {meta['step']}, {meta['consumed']} samples used")
         wrong += [
-            f"checkpoint of step {step} was made with another {key}" for key, now in identity.items() if meta["data"].get(key) != now
+            f"checkpoint of step {step} was made with another {key}"
+            for key, now in identity.items()
+            if meta["data"].get(key) != now
         ]
     return Check("checkpoints", f"{len(history.metas)} with the data of the config", _shortened(wrong))
 

@@ -23,16 +23,16 @@ def describe_moved(source: SampleSource, batch: int, step: int, recorded: dict[i
     used = next((other for other in near if step_digest(source, other, batch) == digest), None)
     if used is None:
         return (
-            f"step {step}: digest {digest} instead of {step_digest(source, step, batch)}: not {wanted}, nor those of any step near"
-            " it: the corpus has changed since, or the record has"
+            f"step {step}: digest {digest} instead of {step_digest(source, step, batch)}: not {wanted}, nor those of any"
+            " step near it: the corpus has changed since, or the record has"
         )
     elsewhere = [other for other, text in recorded.items() if other != step and text == step_digest(source, step, batch)]
     fate = f"used in step {elsewhere[0]} instead" if elsewhere else "lost"
     again = [other for other, text in recorded.items() if other != step and text == digest]
     repeated = f", which step {again[0]} used too" if again else ""
     return (
-        f"step {step}: {wanted} {'were' if elsewhere else 'are'} {fate}; it used samples {samples_text(used, batch)} of step {used}"
-        f" ({_documents(source, used, batch)}){repeated}"
+        f"step {step}: {wanted} {'were' if elsewhere else 'are'} {fate}; it used samples {samples_text(used, batch)}"
+        f" of step {used} ({_documents(source, used, batch)}){repeated}"
     )
 
 

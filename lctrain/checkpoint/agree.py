@@ -1,6 +1,6 @@
 """Small agreements between the ranks of a run: everybody continues, or everybody raises the same error.
 
-They work on the default process group, and without one they see a single rank.
+They work on the default process group, or on another one of all ranks, and without one they see a single rank.
 """
 
 from __future__ import annotations
@@ -27,16 +27,16 @@ def world_size() -> int:
     return dist.get_world_size() if is_distributed() else 1
 
 
-def gather(value: Any) -> list[Any]:
+def gather(value: Any, group: Any = None) -> list[Any]:
     """Every rank's value, in rank order, on every rank."""
     if not is_distributed():
         return [value]
     values: list[Any] = [None] * world_size()
-    dist.all_gather_object(values, value)
+    dist.all_gather_object(values, value, group=group)
     return values
 
 
-def agreed(action: Callable[[], T]) -> T:
+def agreed(action: Callable[[], T], group: Any = None) -> T:
     """The result of `action` on this rank, once it has succeeded on all of them.
 
     If it fails anywhere, every rank raises: a UserError of any rank on all of them; otherwise the failing rank its
@@ -48,7 +48,8 @@ def agreed(action: Callable[[], T]) -> T:
         result = action()
     except Exception as error:
         failure = error
-    outcomes = gather(None if failure is None else (isinstance(failure, UserError), f"{type(failure).__name__}: {failure}"))
+    outcome = None if failure is None else (isinstance(failure, UserError), f"{type(failure).__name__}: {failure}")
+    outcomes = gather(outcome, group)
     failed = [(rank, *outcome) for rank, outcome in enumerate(outcomes) if outcome]
     for _, by_user, text in failed:
         if by_user:
@@ -60,6 +61,6 @@ def agreed(action: Callable[[], T]) -> T:
     return result
 
 
-def from_rank_0(action: Callable[[], T]) -> T:
+def from_rank_0(action: Callable[[], T], group: Any = None) -> T:
     """The result, on every rank, of `action` run on rank 0 alone; raises as `agreed` does."""
-    return gather(agreed(lambda: action() if rank() == 0 else None))[0]
+    return gather(agreed(lambda: action() if rank() == 0 else None, group), group)[0]

@@ -55,11 +55,16 @@ class CheckpointStore:
         meta: JSON values that `load` gives back.
         UserError on every rank if any of them cannot write; the checkpoints that were there are then untouched.
         """
-        tensors = tensors_of(state)
-        sizes = {name: size for part in gather(global_bytes(tensors)) for name, size in part.items()}
+        return self.write(step, tensors_of(state), values_of(state), meta)
+
+    def write(
+        self, step: int, tensors: dict[str, torch.Tensor], values: State, meta: dict[str, Any], group: Any = None
+    ) -> Path:
+        """`save` of a state taken apart (tensors_of, values_of), with its collectives on another group of all ranks."""
+        sizes = {name: size for part in gather(global_bytes(tensors), group) for name, size in part.items()}
         needed = sum(sizes.values()) + OVERHEAD_BYTES * len(sizes)
         final = self.folder / folders.checkpoint_name(step)
-        temporary = self.folder / from_rank_0(lambda: folders.temporary_name(final.name))
+        temporary = self.folder / from_rank_0(lambda: folders.temporary_name(final.name), group)
 
         def guarded(action: Callable[[], T]) -> Callable[[], T]:
             return lambda: self._explained(action, final, needed)
@@ -68,7 +73,7 @@ class CheckpointStore:
             content = {
                 "step": step,
                 "meta": meta,
-                "values": values_of(state),
+                "values": values,
                 "world_size": world_size(),
                 "torch": torch.__version__,
                 "time": time.time(),
@@ -78,15 +83,15 @@ class CheckpointStore:
             folders.publish(temporary, final)
 
         try:
-            from_rank_0(guarded(lambda: self._begin(temporary, needed)))
-            agreed(guarded(lambda: save_tensors(temporary, tensors)))
-            parts = gather(agreed(guarded(lambda: hash_files(own_files(temporary, rank())))))
-            from_rank_0(guarded(publish))
+            from_rank_0(guarded(lambda: self._begin(temporary, needed)), group)
+            agreed(guarded(lambda: save_tensors(temporary, tensors, group)), group)
+            parts = gather(agreed(guarded(lambda: hash_files(own_files(temporary, rank()))), group), group)
+            from_rank_0(guarded(publish), group)
         except BaseException:
             if rank() == 0:
                 shutil.rmtree(temporary, ignore_errors=True)
             raise
-        from_rank_0(lambda: self._tidy(step, final))
+        from_rank_0(lambda: self._tidy(step, final), group)
         return final
 
     def newest_verified(self) -> Path | None:

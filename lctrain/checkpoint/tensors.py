@@ -52,7 +52,7 @@ class _Writer(dcp.FileSystemWriter):
             raise
 
 
-def save_tensors(folder: Path, tensors: dict[str, torch.Tensor]) -> None:
+def save_tensors(folder: Path, tensors: dict[str, torch.Tensor], group: Any = None) -> None:
     """Write tensors of all ranks; of a plain tensor that several ranks hold under one name, one of them writes it.
 
     Collective. OSError, on every rank, if the file system refused on any.
@@ -60,7 +60,13 @@ def save_tensors(folder: Path, tensors: dict[str, torch.Tensor]) -> None:
     planner = DefaultSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False, enable_plan_caching=False)
     try:
         with _quiet():
-            dcp.save(tensors, storage_writer=_Writer(folder), planner=planner, no_dist=not is_distributed())
+            dcp.save(
+                tensors,
+                storage_writer=_Writer(folder),
+                planner=planner,
+                process_group=group,
+                no_dist=not is_distributed(),
+            )
     except CheckpointException as error:
         for failure, _ in error.failures.values():
             if isinstance(failure, OSError):

@@ -26,6 +26,7 @@ from lctrain.errors import UserError
 
 if TYPE_CHECKING:
     from lctrain.launch.process import Process
+    from lctrain.launch.watchdog import Watchdog
     from lctrain.run_dir import RunDir
 
 
@@ -76,20 +77,26 @@ def _start_processes(args: list[str]) -> int:
 
 def _rank_main(config: TrainConfig, process: Process, rendezvous: str | None) -> int:
     from lctrain.devices import choose_device
-    from lctrain.launch.process import init_process_group
+    from lctrain.launch.meet import meet
+    from lctrain.launch.watchdog import Watchdog
+    from lctrain.run_dir import RunDir
 
     device = choose_device(config.engine.device, process.local_rank, process.local_size)
-    init_process_group(process, rendezvous, device.type, config.launcher.timeout_s)
-    return _train(config, process)
+    with Watchdog(process.rank, process.world_size, config.launcher.watchdog_s, speak=False) as watchdog:
+        watchdog.post_to(RunDir(config.run_dir))
+        watchdog.phase("meeting the other ranks")
+        meet(process, rendezvous, device.type, config.launcher.timeout_s)
+        return _train(config, process, watchdog)
 
 
-def _train(config: TrainConfig, process: Process) -> int:
+def _train(config: TrainConfig, process: Process, watchdog: Watchdog) -> int:
     from lctrain.launch.process import leave_process_group
     from lctrain.launch.signals import StopRequest
     from lctrain.train import train
 
     with StopRequest():  # no signal may end a rank that waits for rank 0 to draw the loss curve
-        status = train(config, process)
+        status = train(config, process, watchdog)
+        watchdog.phase("waiting for the end of the other ranks")
         leave_process_group()
     return status
 
@@ -106,13 +113,21 @@ def join(config: TrainConfig, process: Process, elsewhere_s: float = 0.0) -> int
     """
     from lctrain.checkpoint.agree import from_rank_0
     from lctrain.devices import choose_device
-    from lctrain.launch.process import init_process_group
+    from lctrain.launch.meet import meet, meeting_place
+    from lctrain.launch.watchdog import Watchdog
+    from lctrain.run_dir import RunDir
 
     device = choose_device(config.engine.device, process.local_rank, process.local_size)
-    init_process_group(process, None, device.type, config.launcher.timeout_s)
+    where = f" at {meeting_place()}: are all {process.world_size} started, and does nothing else listen there?"
     with ExitStack() as held:
+        watchdog = Watchdog(process.rank, process.world_size, config.launcher.watchdog_s, speak=True, meeting_place=where)
+        held.enter_context(watchdog)
+        watchdog.phase("meeting the other ranks")
+        meet(process, None, device.type, config.launcher.timeout_s)
+        watchdog.phase("preparing the run")
         from_rank_0(lambda: held.enter_context(_prepare(config, elsewhere_s)) and None)
-        status = _train(config, process)
+        watchdog.post_to(RunDir(config.run_dir))
+        status = _train(config, process, watchdog)
     sys.stdout.flush()
     return status
 

@@ -128,6 +128,9 @@ class LauncherConfig(Strict):
     """CPU threads per process; null: the machine's cores / processes, at least 1."""
     timeout_s: Positive = 600
     """Seconds after which a blocked collective counts as failed."""
+    watchdog_s: NonNegative = 540
+    """Seconds without progress (no new layer, batch, or phase of the run) after which every process ends itself with status 75,
+    and the one that kept the others waiting is named; 0: never. Keep it below timeout_s, past which errors name nobody."""
     grace_s: Positive = 30
     """Seconds the other processes get to end after one has died. (A second stop signal ends them at once.)"""
     nodes: Positive = 1

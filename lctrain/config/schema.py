@@ -298,10 +298,22 @@ class TrainerConfig(Strict):
     """Weight of the mean squared log-partition of the logits, added to the loss."""
     loss_chunk: Positive = 1024
     """Tokens whose logits exist at once in the loss."""
-    non_finite: Literal["stop", "skip"] = "stop"
-    """What to do when loss or gradient norm is not finite: stop the run, or skip the step's update."""
+    non_finite: Literal["stop", "skip", "rollback"] = "stop"
+    """What to do when loss or gradient norm is not finite, or the loss is a spike: stop the run; skip the step's update; or go
+    back to the checkpoint before it and leave its batch out, now and after every resume."""
     max_skips: NonNegative = 10
     """non_finite=skip: stop after this many skipped steps in a row."""
+    max_rollbacks: NonNegative = 10
+    """non_finite=rollback: stop instead of going back more often than this over the whole run."""
+    rollback_batches: Positive = 1
+    """non_finite=rollback: batches to leave out, that of the bad step and those before it, back to the checkpoint at most."""
+    spike: Annotated[float, Field(gt=1, allow_inf_nan=False)] | None = None
+    """A loss above this many times the median of recent steps is treated like one that is not finite; null: none is."""
+    spike_window: Positive = 50
+    """Steps that the median is taken over (a spike needs 10 before it, or as many as this if that is fewer)."""
+    replica_check_every: NonNegative = 0
+    """Steps between comparisons of all copies of the weights, bit by bit; one that differs stops the run and names its rank; 0:
+    never."""
     eval_every: NonNegative = 0
     """Steps between evaluations on the held-out documents; 0: never."""
     eval_batches: Positive = 4
@@ -317,6 +329,9 @@ class CheckpointConfig(Strict):
     """Newest checkpoints kept."""
     keep_every: Positive | None = None
     """Checkpoints at multiples of this many steps are kept for good."""
+    asynchronous: bool = False
+    """Write checkpoints in the background: steps wait only for a copy to host memory, which needs room for the state once
+    more."""
 
 
 class WandbConfig(Strict):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, Protocol
 
 from torch import Tensor
@@ -65,9 +65,13 @@ class Engine(Protocol):
         ...
 
 
-def train_step(engine: Engine, batch: StepBatch, targets: int, lr: float) -> StepResult:
-    """One optimizer step; without an update if anything was not finite."""
+def train_step(
+    engine: Engine, batch: StepBatch, targets: int, lr: float, judge: Callable[[StepResult], str | None] | None = None
+) -> StepResult:
+    """One optimizer step; without an update if anything was not finite, or `judge` finds a problem (the same on all ranks)."""
     result = engine.backward(batch, targets)
+    if judge is not None and result.problem is None:
+        result = dataclasses.replace(result, problem=judge(result))
     if result.problem is None:
         engine.update(lr)
     else:

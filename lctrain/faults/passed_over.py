@@ -24,7 +24,8 @@ class PassedOver:
     """One global batch that is not trained on.
 
     step: the step it belongs to, counted from 1; the step is counted, but does nothing. samples: its first and last sample.
-    documents: [corpus, document] pairs. returned_to: finished steps of the checkpoint to which the run went back.
+    documents: (corpus, document) pairs. returned_to: finished steps of the checkpoint to which the run went back. found_at: the
+    step whose loss was the problem.
     """
 
     step: int
@@ -33,13 +34,15 @@ class PassedOver:
     documents: tuple[tuple[int, int], ...]
     problem: str
     returned_to: int
+    found_at: int
 
     @classmethod
     def of_json(cls, entry: dict[str, Any]) -> PassedOver:
         """From what dataclasses.asdict gave, after a detour over JSON."""
         first, last = entry["samples"]
         documents = tuple((corpus, document) for corpus, document in entry["documents"])
-        return cls(entry["step"], entry["digest"], (first, last), documents, entry["problem"], entry["returned_to"])
+        numbers = entry["returned_to"], entry["found_at"]
+        return cls(entry["step"], entry["digest"], (first, last), documents, entry["problem"], *numbers)
 
 
 def read_passed_over(path: Path) -> list[PassedOver]:
@@ -50,8 +53,8 @@ def read_passed_over(path: Path) -> list[PassedOver]:
         return []
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(
-            f"{path} cannot be read ({error}): it lists the batches that the run leaves out; restore it from a backup, or delete"
-            " it to train on them again"
+            f"{path} cannot be read ({error}): it lists the batches that the run leaves out; restore it from a backup, or"
+            " delete it to train on them again"
         ) from None
 
 
@@ -60,7 +63,9 @@ def write_passed_over(path: Path, entries: Iterable[PassedOver]) -> None:
     try:
         write_json(path, to_json(entries))
     except OSError as error:
-        raise UserError(f"{path} cannot be written: {error.strerror}; free some space, then give the same command again") from None
+        raise UserError(
+            f"{path} cannot be written: {error.strerror}; free some space, then give the same command again"
+        ) from None
 
 
 def to_json(entries: Iterable[PassedOver]) -> list[dict[str, Any]]:

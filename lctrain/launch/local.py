@@ -16,6 +16,7 @@ from lctrain.config.schema import TrainConfig
 from lctrain.launch.process import Process
 from lctrain.launch.rank import Report, received, run_rank
 from lctrain.launch.signals import Alarm, StopRequest, alarm_on_signals, signals_held
+from lctrain.launch.watchdog import HANG_STATUS, hang_message
 from lctrain.run_dir import RunDir, command_line
 from lctrain.tracking.jsonl import append_event
 
@@ -39,8 +40,8 @@ class End:
 def launch_local(entry: Callable[[TrainConfig, Process, str], int], config: TrainConfig) -> int:
     """Run `entry(config, process, rendezvous)` in `config.launcher.processes` forked processes; returns the exit status.
 
-    0: all ranks returned 0, or were stopped before they trained. 2: a UserError. 1: a rank raised. 128 + n: a rank was killed
-    by signal n. Otherwise what the first rank to fail returned.
+    0: all ranks returned 0, or were stopped before they trained. 2: a UserError. 1: a rank raised. 75: the watchdog ended the
+    run. 128 + n: a rank was killed by signal n. Otherwise what the first rank to fail returned.
 
     Call it from the main thread, before this process has started threads, used CUDA or run a parallel region of torch: forked
     children inherit none of these. A stop signal is passed on once and the ranks end in their own time; a second one kills.
@@ -180,6 +181,8 @@ class _Ranks:
             if killer == requested:  # only a rank that does not train yet dies of it: there is nothing to save
                 _say(f"stopped by {killer} before training began")
                 return 0
+        elif end.status == HANG_STATUS and (message := hang_message(self.run.events)):
+            line, status = f"{message}{again}", HANG_STATUS
         else:
             line, status = f"{name} ended with status {end.status}{others}" + (f"; see {log}" if log else ""), end.status
         _say(line)

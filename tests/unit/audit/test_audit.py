@@ -74,9 +74,7 @@ def past(tmp_path) -> Past:
                 mlp=MlpConfig(d_ff=16),
             ),
             data=DataConfig(corpora=(CorpusConfig(prefix=prefix),), valid_fraction=0.0),
-            trainer=TrainerConfig(
-                steps=STEPS, seq_len=50, global_batch=BATCH, stages=(StageConfig(steps=3, seq_len=21),)
-            ),
+            trainer=TrainerConfig(steps=STEPS, seq_len=50, global_batch=BATCH, stages=(StageConfig(steps=3, seq_len=21),)),
         )
     )
 
@@ -154,7 +152,7 @@ def test_samples_that_do_not_follow(past):
 def test_batches_left_out_must_be_listed(past):
     past.records[4]["passed_over"] = True
     assert past.wrong() == {"left out": ("step 5 was left out, but passed_over.json does not list it",)}
-    entry = PassedOver(5, past.digest(5), (16, 19), ((0, 1),), "a spike", 4)
+    entry = PassedOver(5, past.digest(5), (16, 19), ((0, 1),), "a spike", 4, 5)
     write_passed_over(past.run.passed_over, [entry])
     assert past.wrong() == {}
     del past.records[4]["passed_over"]
@@ -168,7 +166,7 @@ def test_a_sample_of_the_steps_has_those_around_restarts(past):
 
 
 def test_no_run(tmp_path):
-    with pytest.raises(UserError, match="has no config.yaml"):
+    with pytest.raises(UserError, match=r"has no config\.yaml"):
         main([str(tmp_path)])
 
 
