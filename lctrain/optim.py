@@ -100,3 +100,8 @@ def scale_gradients(parameters: Iterable[nn.Parameter], factor: float) -> None:
     """Multiply all gradients in place."""
     grads = [p.grad.to_local() if isinstance(p.grad, DTensor) else p.grad for p in parameters if p.grad is not None]
     torch._foreach_mul_(grads, factor)
+
+
+def sum_of_bytes(tensors: Iterable[Tensor]) -> int:
+    """Bytes of what this process holds of some tensors."""
+    return sum((x.to_local() if isinstance(x, DTensor) else x).nbytes for x in tensors)

@@ -22,7 +22,6 @@ from lctrain.data.samples import SampleSource
 from lctrain.devices import DTYPES, choose_device, peak_flops, peak_memory_mb
 from lctrain.engines.base import Engine, StepResult, train_step
 from lctrain.engines.make import make_engine
-from lctrain.errors import UserError
 from lctrain.faults.guard import GoBack, LossGuard
 from lctrain.faults.replicas import check_replicas
 from lctrain.launch.grace import GracePeriod
@@ -36,6 +35,8 @@ from lctrain.parallel.balance import rank_entries
 from lctrain.parallel.mesh import ProcessMesh
 from lctrain.resume import checkpoint_meta, resume, training_state
 from lctrain.run_dir import RunDir
+from lctrain.tracking.pictures import draw_pictures
+from lctrain.tracking.ranks import RankWatch
 from lctrain.tracking.tracker import Tracker, open_tracker
 
 LEFT_OUT = StepResult(math.nan, math.nan, None)
@@ -65,9 +66,6 @@ def train(config: TrainConfig, process: Process, watchdog: Watchdog | None = Non
                 break
             except GoBack as order:
                 back = order.path
-        if mesh.rank == 0 and config.tracking.plot:
-            watchdog.phase("drawing")
-            _plot(run)
     return 0
 
 
@@ -99,6 +97,9 @@ def _continue(
         if start < config.trainer.steps:
             _loop(config, mesh, engine, described, device, saver, guard, tracker, start, stop, watchdog)
         status = 0
+        if mesh.rank == 0 and config.tracking.plot:
+            watchdog.phase("drawing")
+            draw_pictures(run, tracker.message)
     except GoBack:
         status = 0
         raise
@@ -123,6 +124,7 @@ def _loop(
     peak, peak_source = peak_flops(device, DTYPES[config.engine.dtype])
     tracker.message(f"mfu 100% = {peak / 1e9:,.0f} GFLOP/s per process ({peak_source})")
     grace = GracePeriod(config.launcher)
+    ranks = RankWatch(config, mesh, engine, device)
 
     def save(step: int) -> None:
         nonlocal saved
@@ -181,6 +183,7 @@ def _loop(
                 "consumed": batch.consumed + trainer.global_batch,
                 "digest": digest_text(sums["digest"]),
                 **result.extra,
+                **ranks.step(step, step_s),
             }
             if mesh.cp > 1:
                 record["cp_imbalance"] = sums["busiest"] / max(1, sums["entries"])
@@ -268,15 +271,3 @@ def _announce(
         tracker.event("start", world_size=mesh.size)
     if start >= config.trainer.steps:
         tracker.message(f"the run already has its trainer.steps={config.trainer.steps} steps; raise it to train on")
-
-
-def _plot(run: RunDir) -> None:
-    from lctrain.tracking.heatmap import plot_load
-    from lctrain.tracking.plot import plot_loss
-
-    for name, draw in (("loss curve", plot_loss), ("load of experts", plot_load)):
-        try:
-            if (path := draw(run)) is not None:
-                print(f"{name}: {path}", flush=True)
-        except (UserError, OSError) as error:  # nothing to draw, or a full disk: the run itself is done and saved
-            print(f"no {name}: {error}", flush=True)

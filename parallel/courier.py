@@ -82,8 +82,7 @@ class Courier:
     def finish(self, index: int) -> None:
         """Wait for what is due in a step, pass sums on to where they belong, forget copies that nobody needs any more."""
         for flight in self._due.pop(index, []):
-            for work in flight.handles:
-                work.wait()
+            self._group.wait(flight.handles)
             for item, tensors in flight.sums:
                 self._collect(item, tensors)
         for item in self._plan.steps[index].drops:

@@ -145,8 +145,7 @@ class HeadExchange:
 
     def _run(self, sends: list[tuple[str, Tensor, int]], receives: list[tuple[Tensor, int]]) -> None:
         sends = [entry for entry in sends if entry[1].numel()]
-        for work in self.group.exchange(sends, [entry for entry in receives if entry[0].numel()]):
-            work.wait()
+        self.group.wait(self.group.exchange(sends, [entry for entry in receives if entry[0].numel()]))
 
 
 class ToHeads(torch.autograd.Function):

@@ -95,11 +95,8 @@ def _swap(
     if group.rank in outgoing:
         incoming[group.rank] = outgoing[group.rank]
     others = [peer for peer in range(group.size) if peer != group.rank]
-    for work in group.exchange(
-        [(kind, outgoing[peer], peer) for peer in others if peer in outgoing],
-        [(incoming[peer], peer) for peer in others if peer in incoming],
-    ):
-        work.wait()
+    sends = [(kind, outgoing[peer], peer) for peer in others if peer in outgoing]
+    group.wait(group.exchange(sends, [(incoming[peer], peer) for peer in others if peer in incoming]))
     for peer in sorted(incoming):
         for x, part in zip(into, incoming[peer].split(channels, dim=2), strict=True):
             x.index_add_(1, take[peer], part)

@@ -9,6 +9,8 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from lctrain.data.batch import MicroBatch, StepBatch
+from lctrain.models.model import LanguageModel
+from lctrain.parallel.mesh import MeshGroups
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,6 +30,8 @@ class StepResult:
 
 class Engine(Protocol):
     """Owner of the weights, gradients, optimizer state and their distribution over processes."""
+
+    groups: MeshGroups
 
     def backward(self, batch: StepBatch, targets: int) -> StepResult:
         """Gradients of the mean loss over one global batch that has `targets` valid labels over all ranks."""
@@ -62,6 +66,14 @@ class Engine(Protocol):
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Take over what `state()` returned, possibly after a checkpoint was read into it."""
+        ...
+
+    def models(self) -> list[LanguageModel]:
+        """What this rank computes with: the model, or its pieces of it."""
+        ...
+
+    def memory(self) -> dict[str, int]:
+        """Bytes of this rank's `weights`, `gradients` (what they take while there are any) and `optimizer` state."""
         ...
 
 

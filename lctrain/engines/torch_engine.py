@@ -23,7 +23,7 @@ from lctrain.models.init import initialise
 from lctrain.models.model import LanguageModel, LossSums
 from lctrain.models.moe.stats import forget_statistics, gather_statistics, update_biases
 from lctrain.models.parallel import ModelParallel
-from lctrain.optim import global_grad_norm, make_adamw, scale_gradients
+from lctrain.optim import global_grad_norm, make_adamw, scale_gradients, sum_of_bytes
 from lctrain.parallel.deal import make_layout
 from lctrain.parallel.mesh import MeshGroups, ProcessMesh
 from lctrain.parallel.sequence import SequenceMeta
@@ -120,6 +120,16 @@ class TorchEngine:
         """See Engine."""
         state = self.cut.in_state(self.cut.undescribed, state)
         set_state_dict(self.model, self.optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
+
+    def models(self) -> list[LanguageModel]:
+        """See Engine."""
+        return [self.model]
+
+    def memory(self) -> dict[str, int]:
+        """See Engine."""
+        weights = sum_of_bytes(self.model.parameters())
+        state = (tensor for entry in self.optimizer.state.values() for tensor in entry.values())
+        return {"weights": weights, "gradients": weights, "optimizer": sum_of_bytes(state)}
 
     def _forward(self, micro: MicroBatch) -> LossSums:
         trainer = self.config.trainer

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -17,6 +18,7 @@ from lctrain.models.pattern import LayerSpec, parse_pattern
 from lctrain.models.place import Place
 from lctrain.models.registry import Mixer, build_mixer
 from lctrain.models.tensor_parallel import column_linear, embed, gather_tokens
+from lctrain.models.watch import Watch
 from lctrain.parallel.mask import Borders
 from lctrain.parallel.sequence import SequenceMeta
 
@@ -52,6 +54,8 @@ class LanguageModel(nn.Module):
     Args:
         checkpointing: keep only each sublayer's input and recompute the rest in backward.
         parallel: the ranks over which matrices are cut; this object holds its rank's part of each.
+
+    watch: notes losses and times of training passes, if set.
     """
 
     def __init__(
@@ -64,6 +68,7 @@ class LanguageModel(nn.Module):
         super().__init__()
         self.config, self.dtype, self.checkpointing = config, dtype, checkpointing
         self.parallel = parallel or ModelParallel()
+        self.watch: Watch | None = None
         tp = self.parallel.tp.size
         assert config.vocab_size % tp == 0, (config.vocab_size, tp)
         self.embedding = nn.Parameter(torch.empty(config.vocab_size // tp, config.d_model))
@@ -103,11 +108,13 @@ class LanguageModel(nn.Module):
 
     def run(self, x: Tensor, seq: SequenceMeta) -> Tensor:
         """All sublayers, [B, S, d_model] -> same shape."""
-        for layer in self.layers:
-            if self.checkpointing and torch.is_grad_enabled():
-                x = checkpoint(layer, x, seq, use_reentrant=False, preserve_rng_state=False)
-            else:
-                x = layer(x, seq)
+        trains = torch.is_grad_enabled()
+        with self.watch.forward() if self.watch and trains else contextlib.nullcontext():
+            for layer in self.layers:
+                if self.checkpointing and trains:
+                    x = checkpoint(layer, x, seq, use_reentrant=False, preserve_rng_state=False)
+                else:
+                    x = layer(x, seq)
         return x
 
     def normed(self, x: Tensor, seq: SequenceMeta) -> Tensor:
@@ -120,6 +127,8 @@ class LanguageModel(nn.Module):
         objective, cross_entropy, losses = linear_cross_entropy(
             hidden.flatten(0, 1), self.output_weight, labels.flatten(), loss_chunk, z_weight, self.parallel.tp
         )
+        if self.watch and torch.is_grad_enabled() and self.parallel.tp.rank == 0:  # all tp ranks have the same
+            self.watch.losses(losses, labels, seq.positions)
         return LossSums(objective, cross_entropy, losses.view_as(labels))
 
     def new_state(self) -> list[object]:

@@ -159,6 +159,14 @@ class DeepSpeedCommon:
             buffer.copy_(self.joiner.undescribed(self.parts[name], model[name]))
         self.shards.settle()
 
+    def models(self) -> list[LanguageModel]:
+        """See Engine."""
+        return [self.held]
+
+    def memory(self) -> dict[str, int]:
+        """See Engine."""
+        return self.shards.memory(list(self.parameters.values()))
+
     def _joined(self, name: str, values: Tensor | None) -> Tensor:
         """A part from `values`, this rank's elements of it or of its gradient; zeros where nobody has any. Collective."""
         part = self.parts[name]

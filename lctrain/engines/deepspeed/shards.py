@@ -11,6 +11,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from lctrain.optim import sum_of_bytes
+
 MOMENTS = ("exp_avg", "exp_avg_sq")
 TENSORS = ("weights", *MOMENTS)
 
@@ -54,6 +56,11 @@ class Shards:
         """The fragment's averaged gradient, fp32 [size], between backward and step; None if this rank holds none."""
         return None if parameter.grad is None else parameter.grad.view(-1)
 
+    def memory(self, parameters: list[nn.Parameter]) -> dict[str, int]:
+        """Bytes of weights, gradients and optimizer state, as Engine.memory gives them."""
+        weights = sum_of_bytes(parameters)
+        return {"weights": weights, "gradients": weights, "optimizer": self._state_bytes()}
+
     @property
     def steps(self) -> list[Tensor]:
         """AdamW's counts of steps, scalars, all equal."""
@@ -64,6 +71,9 @@ class Shards:
 
     def tell_norm(self, norm: Tensor) -> None:
         """What DeepSpeed's next step shall take for the gradient norm; -1 makes it drop the gradients and update nothing."""
+
+    def _state_bytes(self) -> int:
+        return sum_of_bytes(tensor for state in self.adamw.state.values() for tensor in state.values())
 
     def _flat_tensors(self) -> list[Tensor]:
         return [parameter for group in self.adamw.param_groups for parameter in group["params"]]
@@ -90,6 +100,11 @@ class FlatShards(Shards):
         gradient: Tensor = parameter._hp_mapping.get_lp_grad_fragment(index).view(-1)  # type: ignore[attr-defined]
         assert gradient.numel() == fragment.size, (gradient.shape, fragment.size)
         return gradient
+
+    def memory(self, parameters: list[nn.Parameter]) -> dict[str, int]:
+        weights, masters = sum_of_bytes(parameters), sum_of_bytes(self._flat_tensors())
+        gradients = masters if self.optimizer.partition_gradients else weights
+        return {"weights": weights, "gradients": gradients, "optimizer": masters + self._state_bytes()}
 
     def settle(self) -> None:
         self.optimizer.update_lp_params()
@@ -119,6 +134,11 @@ class ParameterShards(Shards):
             return None
         padded: Tensor = self.optimizer.get_local_fp32_grad_for_param(parameter)
         return padded[: fragment.size]
+
+    def memory(self, parameters: list[nn.Parameter]) -> dict[str, int]:
+        masters = sum_of_bytes(self._flat_tensors())
+        weights = sum_of_bytes(parameter.ds_tensor for parameter in parameters)  # type: ignore[attr-defined]
+        return {"weights": weights, "gradients": masters, "optimizer": masters + self._state_bytes()}
 
     def settle(self) -> None:
         optimizer = self.optimizer

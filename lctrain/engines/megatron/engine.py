@@ -29,12 +29,13 @@ from lctrain.engines.megatron.state import EngineState
 from lctrain.engines.problem import describe_problem
 from lctrain.models.build import build_model
 from lctrain.models.init import initialise
-from lctrain.models.model import LossSums
+from lctrain.models.model import LanguageModel, LossSums
 from lctrain.models.moe.stats import balancers, forget_statistics, gather_statistics, update_biases
 from lctrain.models.parallel import ModelParallel
 from lctrain.models.piece import Piece, piece_ranges
 from lctrain.models.place import Family, Place, parameter_places
 from lctrain.models.tensor_parallel import shard_length
+from lctrain.optim import sum_of_bytes
 from lctrain.parallel.mesh import MeshGroups, ProcessMesh
 from lctrain.parallel.sequence import SequenceMeta
 
@@ -135,6 +136,19 @@ class MegatronEngine:
     def load_state(self, state: dict[str, Any]) -> None:
         """See Engine."""
         self.states.load(state)
+
+    def models(self) -> list[LanguageModel]:
+        """See Engine."""
+        return list(self.pieces)
+
+    def memory(self) -> dict[str, int]:
+        """See Engine."""
+        buffers = [buffer for chunk in self.chunks for buffer in (*chunk.buffers, *chunk.expert_parallel_buffers)]
+        return {
+            "weights": sum_of_bytes(self.parameters.values()),
+            "gradients": sum_of_bytes(buffer.grad_data for buffer in buffers),
+            "optimizer": self.optimizer.memory(),
+        }
 
     @property
     def _checkpointing(self) -> bool:

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from lctrain.config.schema import TrainConfig
 from lctrain.models.place import Family, Place
+from lctrain.optim import sum_of_bytes
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -113,6 +114,12 @@ class Optimizer:
     def discard(self) -> None:
         """Forget the gradients of the main weights."""
         self.megatron.zero_grad()
+
+    def memory(self) -> int:
+        """Bytes of moments and of main weights that are not the model's own."""
+        own = {parameter.untyped_storage().data_ptr() for parameter in self.parameters.values()}
+        mains = [held.main for held in self._held.values() if held.main.untyped_storage().data_ptr() not in own]
+        return sum_of_bytes(mains) + sum_of_bytes(x for held in self._held.values() for x in held.state.values())
 
     @torch.no_grad()
     def tensors(self) -> Iterator[tuple[str, dict[str, Tensor]]]:
