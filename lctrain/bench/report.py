@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from lctrain.config.bench import BenchConfig, PeersBenchConfig
+from lctrain.config.bench_checkpoint import CheckpointBenchConfig
 from lctrain.console import say
 from lctrain.environment import describe_environment
 from lctrain.errors import UserError
 from lctrain.whole_file import write_json
 
 
-def check_output(config: BenchConfig | PeersBenchConfig) -> None:
+def check_output(config: BenchConfig | PeersBenchConfig | CheckpointBenchConfig) -> None:
     """UserError now rather than after an hour of measuring, if the results could not be written."""
     if config.output is None:
         return
@@ -34,7 +35,7 @@ def introduce_machine() -> dict[str, Any]:
 
 
 def store(
-    config: BenchConfig | PeersBenchConfig, benchmark: str, machine: dict[str, Any], results: Sequence[dict[str, Any]]
+    config: BenchConfig | PeersBenchConfig | CheckpointBenchConfig, benchmark: str, machine: dict[str, Any], results: Sequence[dict[str, Any]]
 ) -> None:
     """Write settings, machine and results as JSON if the user wants them."""
     if config.output is None:

@@ -1,6 +1,6 @@
 """Measure speed, memory and traffic, side by side with what others would use.
 
-usage: lctrain bench {step,attention,simulate,ssd,moe} [name=value ...]
+usage: lctrain bench {step,attention,simulate,ssd,moe,checkpoint} [name=value ...]
 
   lctrain bench step model=small seq=1024,4096
   lctrain bench attention strategies=ring,all_gather cp=2,4 seq=8192,16384
@@ -8,6 +8,7 @@ usage: lctrain bench {step,attention,simulate,ssd,moe} [name=value ...]
   lctrain bench simulate cp=2,4 seq=4096,8192
   lctrain bench ssd seq=8192,16384
   lctrain bench moe experts=8,64
+  lctrain bench checkpoint mb=1000
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from lctrain.subcommands import subcommands
 
 def main(args: list[str]) -> int:
     """Run the command."""
-    known = {"step": _step, "attention": _attention, "simulate": _simulate, "ssd": _ssd, "moe": _moe}
+    known = {"step": _step, "attention": _attention, "simulate": _simulate, "ssd": _ssd, "moe": _moe, "checkpoint": _checkpoint}
     return subcommands("bench", known, args)
 
 
@@ -97,6 +98,23 @@ def _ssd(args: list[str]) -> int:
     from lctrain.bench.ssd import bench_ssd
 
     return bench_ssd(config)
+
+
+def _checkpoint(args: list[str]) -> int:
+    """Time how long a step waits for a checkpoint, at once and in the background, beside torch.save.
+
+    usage: lctrain bench checkpoint [mb=1000] [folder=.] [name=value ...]
+
+      lctrain bench checkpoint mb=300
+      lctrain bench checkpoint folder=/scratch output=checkpoint.json
+    """
+    from lctrain.config.bench_checkpoint import CheckpointBenchConfig
+    from lctrain.config.load import load
+
+    config = load(CheckpointBenchConfig, "bench_checkpoint", args)
+    from lctrain.bench.checkpoint import bench_checkpoint
+
+    return bench_checkpoint(config)
 
 
 def _moe(args: list[str]) -> int:
