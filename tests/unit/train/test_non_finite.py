@@ -3,26 +3,10 @@
 import itertools
 import math
 
-import numpy as np
-import pytest
 import torch
 
 import lctrain.train
-from lctrain.config.schema import (
-    AttentionConfig,
-    CheckpointConfig,
-    CorpusConfig,
-    DataConfig,
-    LauncherConfig,
-    MlpConfig,
-    ModelConfig,
-    ParallelConfig,
-    TrackingConfig,
-    TrainConfig,
-    TrainerConfig,
-)
-from lctrain.data.indexed import IndexedWriter
-from lctrain.data.sidecar import Sidecar
+from lctrain.config.schema import TrainConfig
 from lctrain.engines.make import make_engine
 from lctrain.engines.torch_engine import TorchEngine
 from lctrain.errors import UserError
@@ -33,37 +17,6 @@ from lctrain.tracking.jsonl import read_events, read_metrics
 from lctrain.train import train
 
 STEPS = 6
-
-
-@pytest.fixture
-def make_config(tmp_path):
-    prefix, rng = str(tmp_path / "corpus"), np.random.default_rng(0)
-    with IndexedWriter(prefix, 257) as writer:
-        for length in rng.integers(1, 200, size=40):
-            writer.append(rng.integers(0, 256, length))
-            writer.end_document()
-        facts = (256, 257, writer.documents, writer.tokens, writer.max_id, 0, writer.sha256, ("test",), "0")
-        writer.finish(Sidecar("bytes", "bytes", *facts).to_json())
-
-    def make(**trainer) -> TrainConfig:
-        return TrainConfig(
-            run_dir=str(tmp_path / "run"),
-            model=ModelConfig(
-                pattern="*-",
-                d_model=16,
-                vocab_size=257,
-                attention=AttentionConfig(n_heads=2, n_kv_heads=1),
-                mlp=MlpConfig(d_ff=16),
-            ),
-            data=DataConfig(corpora=(CorpusConfig(prefix=prefix),), valid_fraction=0.0),
-            parallel=ParallelConfig(cp=2),
-            trainer=TrainerConfig(steps=STEPS, seq_len=101, global_batch=2, **trainer),
-            checkpoint=CheckpointConfig(every=2, keep_last=9),
-            launcher=LauncherConfig(processes=2),
-            tracking=TrackingConfig(plot=False),
-        )
-
-    return make
 
 
 def poisoned(rank: int, world_size: int, config: TrainConfig, steps: set[int]) -> tuple[str | None, list[float]]:

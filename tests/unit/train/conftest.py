@@ -1,0 +1,51 @@
+"""A tiny run on made-up data."""
+
+import numpy as np
+import pytest
+
+from lctrain.config.schema import (
+    AttentionConfig,
+    CheckpointConfig,
+    CorpusConfig,
+    DataConfig,
+    LauncherConfig,
+    MlpConfig,
+    ModelConfig,
+    ParallelConfig,
+    TrackingConfig,
+    TrainConfig,
+    TrainerConfig,
+)
+from lctrain.data.indexed import IndexedWriter
+from lctrain.data.sidecar import Sidecar
+
+
+@pytest.fixture
+def make_config(tmp_path):
+    prefix, rng = str(tmp_path / "corpus"), np.random.default_rng(0)
+    with IndexedWriter(prefix, 257) as writer:
+        for length in rng.integers(1, 200, size=40):
+            writer.append(rng.integers(0, 256, length))
+            writer.end_document()
+        facts = (256, 257, writer.documents, writer.tokens, writer.max_id, 0, writer.sha256, ("test",), "0")
+        writer.finish(Sidecar("bytes", "bytes", *facts).to_json())
+
+    def make(steps: int = 6, checkpoint: dict | None = None, processes: int = 2, **trainer) -> TrainConfig:
+        return TrainConfig(
+            run_dir=str(tmp_path / "run"),
+            model=ModelConfig(
+                pattern="*-",
+                d_model=16,
+                vocab_size=257,
+                attention=AttentionConfig(n_heads=2, n_kv_heads=1),
+                mlp=MlpConfig(d_ff=16),
+            ),
+            data=DataConfig(corpora=(CorpusConfig(prefix=prefix),), valid_fraction=0.0),
+            parallel=ParallelConfig(cp=processes),
+            trainer=TrainerConfig(steps=steps, seq_len=101, global_batch=2, **trainer),
+            checkpoint=CheckpointConfig(**{"every": 2, "keep_last": 9, **(checkpoint or {})}),
+            launcher=LauncherConfig(processes=processes),
+            tracking=TrackingConfig(plot=False),
+        )
+
+    return make
