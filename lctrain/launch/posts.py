@@ -68,6 +68,8 @@ def read_posts(folder: Path, ranks: int) -> dict[int, Post]:
 def place_of(thread: int) -> tuple[str, bool | None]:
     """Where a thread of this process is: `all_reduce (train.py:160 in _agree)`, and whether it waits for other ranks there."""
     frame = sys._current_frames().get(thread)
+    while frame is not None and os.path.dirname(frame.f_code.co_filename) == os.path.dirname(__file__):
+        frame = frame.f_back  # the watchdog itself, or what only calls what blocks
     waits: bool | None = False
     called = ""
     innermost = True

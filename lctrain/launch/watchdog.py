@@ -54,6 +54,7 @@ class Watchdog:
         run.log.mkdir(parents=True, exist_ok=True)
         (run.log / f"rank{self._rank}.post").unlink(missing_ok=True)
         self._run = run
+        self._post(expired=False)
 
     def watch_layers(self) -> None:
         """Count the beginning of every module's forward pass as progress: long steps of many layers are no standstill."""
