@@ -17,7 +17,7 @@ from lctrain.engines.deepspeed.allocate import allocate, allocate_shards
 from lctrain.engines.deepspeed.base import DeepSpeedCommon
 from lctrain.engines.deepspeed.experts import Experts
 from lctrain.engines.deepspeed.mpu import Mpu
-from lctrain.engines.deepspeed.settings import deepspeed_config
+from lctrain.engines.deepspeed.settings import check_by_deepspeed, deepspeed_config
 from lctrain.engines.deepspeed.start import start_deepspeed
 from lctrain.models.build import build_model
 from lctrain.models.model import LossSums
@@ -35,6 +35,7 @@ class ZeroEngine(DeepSpeedCommon):
         super().__init__(config, mesh, groups, device, model)
         stage, seed, mpu = zero_stage(config), config.trainer.seed, Mpu(mesh, groups)
         settings = deepspeed_config(config, mesh, sum(part.shape.numel() for part in self.parts.values()))
+        check_by_deepspeed(settings, mpu)
         optimizer = make_adamw(model, config.optim)  # now, as sharded parameters do not tell matrices from vectors
         names = {parameter: name for name, parameter in model.named_parameters()}
         experts = Experts(model, mesh, groups, mpu, stage)

@@ -18,7 +18,7 @@ from lctrain.engines.base import StepResult
 from lctrain.engines.deepspeed.base import DeepSpeedCommon
 from lctrain.engines.deepspeed.experts import Experts
 from lctrain.engines.deepspeed.mpu import Mpu
-from lctrain.engines.deepspeed.settings import deepspeed_config
+from lctrain.engines.deepspeed.settings import check_by_deepspeed, deepspeed_config
 from lctrain.engines.deepspeed.start import start_deepspeed
 from lctrain.models.build import build_model
 from lctrain.models.model import LossSums
@@ -46,10 +46,12 @@ class PipelineEngine(DeepSpeedCommon):
         self.piece = stages.own
         super().__init__(config, mesh, groups, device, self.piece)
         optimizer = make_adamw(self.piece, config.optim)
-        experts = Experts(self.piece, mesh, groups, Mpu(mesh, groups), zero_stage(config))
+        mpu = Mpu(mesh, groups)
+        experts = Experts(self.piece, mesh, groups, mpu, zero_stage(config))
         experts.mark(self.piece.get_parameter(name) for name in experts.names)
         experts.declare(self.piece, optimizer)
         settings = deepspeed_config(config, mesh, sum(part.shape.numel() for part in self.parts.values()))
+        check_by_deepspeed(settings, mpu)
         self.adopt(deepspeed.initialize(model=stages, optimizer=optimizer, config=settings)[0])
         self.engine._INSTRUCTION_MAP = {**self.engine._INSTRUCTION_MAP, OptimizerStep: _nothing}
         self._shape: torch.Size | None = None

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+from pydantic import ValidationError
+
 from lctrain.config.deepspeed import checked_config, zero_stage
+from lctrain.config.fields import closest
 from lctrain.config.schema import TrainConfig
+from lctrain.errors import UserError
 from lctrain.parallel.mesh import ProcessMesh
 
 
@@ -35,3 +39,24 @@ def deepspeed_config(config: TrainConfig, mesh: ProcessMesh, parameters: int) ->
         # With tensor parallelism DeepSpeed would send parts of activations, which are parts already, and corrupt them.
         "pipeline": {"pipe_partitioned": False, "grad_partitioned": False},
     }
+
+
+def check_by_deepspeed(settings: dict[str, Any], mpu: Any) -> None:
+    """UserError in one line for what DeepSpeed itself does not accept, below the top-level keys."""
+    from deepspeed.runtime.config import DeepSpeedConfig
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
+    try:
+        DeepSpeedConfig(settings, mpu)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        name = ".".join(str(part) for part in first["loc"])
+        fields = DeepSpeedZeroConfig.model_fields
+        known = [*fields, *(str(field.alias) for field in fields.values() if field.alias)]
+        meant = closest(name, known) if error.title == "DeepSpeedZeroConfig" and name not in known else None
+        hint = f"; did you mean {meant}?" if meant else ""
+        raise UserError(
+            f"engine.deepspeed_config: DeepSpeed does not accept {name}={first['input']}: {first['msg']}{hint}"
+        ) from None
+    except (AssertionError, KeyError, TypeError, ValueError) as error:
+        raise UserError(f"engine.deepspeed_config: DeepSpeed does not accept it: {' '.join(str(error).split())}") from None

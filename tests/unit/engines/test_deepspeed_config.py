@@ -10,7 +10,7 @@ import pytest
 from lctrain.config.decode import decode
 from lctrain.config.deepspeed import CHECKED, PASSED, REFUSED
 from lctrain.config.schema import TrainConfig
-from lctrain.engines.deepspeed.settings import deepspeed_config
+from lctrain.engines.deepspeed.settings import check_by_deepspeed, deepspeed_config
 from lctrain.errors import UserError
 
 
@@ -139,3 +139,23 @@ def test_every_key_of_deepspeed_is_known() -> None:
     }
     unknown = top_level - {*PASSED, *CHECKED, *REFUSED} - nested
     assert not unknown, unknown
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        ({"zero_optimization": {"reduce_buckt_size": 5}}, "reduce_buckt_size=5: .* did you mean reduce_bucket_size"),
+        ({"zero_optimization": {"reduce_bucket_size": -5}}, "reduce_bucket_size=-5"),
+        ({"zero_optimization": {"offload_optimizer": {"devise": "cpu"}}}, "offload_optimizer.devise=cpu"),
+    ],
+)
+def test_what_deepspeed_does_not_accept_is_told_in_one_line(given: Any, says: str) -> None:
+    pytest.importorskip("deepspeed")
+    with pytest.raises(UserError, match=says) as refused:
+        check_by_deepspeed(settings(train_config(given)), None)
+    assert "\n" not in str(refused.value)
+
+
+def test_our_own_settings_are_accepted() -> None:
+    pytest.importorskip("deepspeed")
+    check_by_deepspeed(settings(train_config(engine={"zero": 3})), None)
