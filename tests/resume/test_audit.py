@@ -1,4 +1,4 @@
-"""`lctrain audit` on real runs: undisturbed, resumed twice with other process counts, with faults planted in the order of data."""
+"""`lctrain audit` on real runs: undisturbed, resumed with other process counts, and with faults planted in the data order."""
 
 import os
 import signal
