@@ -10,7 +10,7 @@ SHELL := /bin/bash
 .DEFAULT_GOAL := help
 
 BOOTSTRAP ?= python3
-EXTRAS ?= dev,wandb,hf
+EXTRAS ?= dev,wandb,tensorboard,hf
 # Without an NVIDIA GPU the CPU wheel comes first, so that pip does not fetch gigabytes of CUDA libraries. If your index keeps
 # CPU wheels at another address, pass TORCH='torch==2.13.0 --index-url ADDRESS'.
 TORCH ?= torch==2.13.0

@@ -42,6 +42,7 @@ class RunDir:
         self.expert_load = self.path / "experts.png"
         self.report = self.path / "report.html"
         self.wandb = self.path / "wandb"
+        self.tensorboard = self.path / "tensorboard"
         self.wandb_id = self.path / "wandb.id"
         self.lock = self.path / "lock"
         self.slurm = self.path / "slurm"

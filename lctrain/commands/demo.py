@@ -58,6 +58,7 @@ def main(args: list[str]) -> int:
 
     _title(4, "what to look at and try next")
     for line in (
+        f"{config.run_dir}/report.html   one page with everything, for a browser",
         f"{config.run_dir}/loss.png, metrics.jsonl, events.jsonl, config.yaml, checkpoints/",
         f"lctrain train recipe=demo run_dir={config.run_dir} trainer.steps={2 * config.trainer.steps}   train on",
         f"lctrain train recipe=demo run_dir={config.run_dir} parallel.cp=4 trainer.steps={2 * config.trainer.steps}"

@@ -136,9 +136,11 @@ def _prepare(config: TrainConfig, elsewhere_s: float = 0.0) -> RunDir:
     """What happens once per run, before any rank trains: the corpora exist and fit, the run directory is ours."""
     from lctrain.data.prepare import ensure_corpora
     from lctrain.run_dir import RunDir
+    from lctrain.tracking.tensorboard import check_tensorboard
     from lctrain.tracking.wandb import check_wandb
 
     check_wandb(config)
+    check_tensorboard(config)
     if config.init_from is not None:
         from lctrain.initial_weights import check_initial
 

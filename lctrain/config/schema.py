@@ -347,6 +347,8 @@ class WandbConfig(Strict):
     """Group of runs."""
     tags: tuple[str, ...] = ()
     """Tags."""
+    artifacts: Literal["none", "last", "all"] = "none"
+    """Checkpoints handed to wandb as versions of an artifact: the last one when the run ends, or each as it is saved."""
 
 
 class TrackingConfig(Strict):
@@ -354,12 +356,15 @@ class TrackingConfig(Strict):
 
     wandb: WandbConfig = WandbConfig()
     """Weights & Biases."""
+    tensorboard: bool = False
+    """Write event files for TensorBoard under <run_dir>/tensorboard."""
     plot: bool = True
-    """Draw <run_dir>/loss.png when the run ends, and <run_dir>/experts.png if the model has mixtures."""
+    """Draw <run_dir>/loss.png and report.html when the run ends, and experts.png if the model has mixtures."""
     load_every: Positive = 10
     """Steps between records of every single expert's load in metrics.jsonl (summaries per layer are in every step)."""
     log_every: Positive = 1
-    """Steps between console lines (metrics.jsonl has every step)."""
+    """Steps between console lines, and between metrics that ranks exchange for them: loss by position, slowest rank, exposed
+    communication, memory by kind (all others are in every step's line of metrics.jsonl)."""
 
 
 class TrainConfig(Strict):

@@ -12,7 +12,7 @@ from lctrain.tracking.jsonl import MetricsLog, append_event
 
 
 class Tracker:
-    """Hands every step's record to metrics.jsonl, the terminal and wandb, and every event to events.jsonl.
+    """Hands every step's record to metrics.jsonl, the terminal, wandb and TensorBoard, and every event to events.jsonl.
 
     Trackers observe: except for a full disk under metrics.jsonl (a UserError), nothing that goes wrong here reaches the
     training loop.
@@ -27,6 +27,11 @@ class Tracker:
             from lctrain.tracking.wandb import WandbLog
 
             self._wandb = WandbLog(run, config, self.message)
+        self._tensorboard = None
+        if config.tracking.tensorboard:
+            from lctrain.tracking.tensorboard import TensorBoardLog
+
+            self._tensorboard = TensorBoardLog(run, start_step, self.message)
         self._metrics = MetricsLog(run.metrics, start_step)
         self._load_every, self._last_step = config.tracking.load_every, config.trainer.steps
 
@@ -43,6 +48,8 @@ class Tracker:
         self._console.step(record)
         if self._wandb:
             self._wandb.step(record)
+        if self._tensorboard:
+            self._tensorboard.step(record)
 
     def event(self, kind: str, **fields: Any) -> None:
         """Note in events.jsonl that something happened: start, resume, checkpoint, skip, stop, end."""
@@ -50,6 +57,8 @@ class Tracker:
             append_event(self._run.events, kind, **fields)
         except OSError as error:
             self.message(f"warning: {self._run.events} cannot be written: {error.strerror}")
+        if kind == "checkpoint" and self._wandb:
+            self._wandb.checkpoint(fields["step"], Path(fields["checkpoint"]))
 
     def message(self, text: str) -> None:
         """A line for the person at the terminal."""
@@ -59,6 +68,8 @@ class Tracker:
         """Finish all outputs; wandb gets a bounded time to do so."""
         self._console.close()
         self._metrics.close()
+        if self._tensorboard:
+            self._tensorboard.close()
         if self._wandb:
             self._wandb.close(status)
 

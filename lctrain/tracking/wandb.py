@@ -2,24 +2,31 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import queue
 import secrets
 import threading
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, Literal
 
 from lctrain.config.schema import TrainConfig
 from lctrain.errors import UserError
 from lctrain.run_dir import RunDir
+from lctrain.tracking.scalars import scalars
 from lctrain.whole_file import write_text
 
 WAITING_RECORDS = 10_000
 """Records kept while wandb does not answer; further ones are only in metrics.jsonl."""
-START_S = 60
+START_S = 20
 """What an online run gets to reach the service before it is recorded offline."""
 CLOSE_S = 30
-"""What wandb gets to send the rest at the end of the run."""
+"""What wandb gets to send the rest at the end of the run; longer than START_S, or a short run might leave nothing."""
+FILES = ("config.yaml", "environment.json", "verify_layout.json", "events.jsonl", "report.html")
+"""Files of the run directory that go along when it ends, if they are there."""
+PICTURES = ("loss.png", "experts.png")
+"""Likewise, shown among the curves."""
 
 
 def check_wandb(config: TrainConfig) -> None:
@@ -40,7 +47,9 @@ class WandbLog:
         check_wandb(config)
         self._folder, self._say = run, say
         self._config = config
-        self._records: queue.Queue[dict[str, Any] | None] = queue.Queue(WAITING_RECORDS)
+        self._records: queue.Queue[dict[str, Any] | tuple[int, Path] | None] = queue.Queue(WAITING_RECORDS)
+        self._last_step = 0
+        self._last_checkpoint: tuple[int, Path] | None = None
         self._status = 0
         self._overflow = False
         self._thread = threading.Thread(target=self._record, name="wandb", daemon=True)
@@ -54,6 +63,15 @@ class WandbLog:
             if not self._overflow and self._thread.is_alive():
                 self._overflow = True
                 self._say(f"wandb does not keep up: {WAITING_RECORDS} records wait; later ones are only in metrics.jsonl")
+
+    def checkpoint(self, step: int, path: Path) -> None:
+        """A checkpoint is whole: as tracking.wandb.artifacts says, hand it over now, at the end of the run, or never."""
+        artifacts = self._config.tracking.wandb.artifacts
+        if artifacts == "last":
+            self._last_checkpoint = (step, path)
+        elif artifacts == "all":
+            with contextlib.suppress(queue.Full):
+                self._records.put_nowait((step, path))
 
     def close(self, status: int) -> None:
         """Mark the run finished (0) or failed, and wait at most CLOSE_S for wandb to write and send what it has."""
@@ -73,7 +91,14 @@ class WandbLog:
         try:
             run = self._start()
             while (record := self._records.get()) is not None:
-                run.log(_scalars(record))
+                if isinstance(record, tuple):
+                    self._upload(run, *record)
+                else:
+                    self._last_step = record["step"]
+                    run.log(scalars(record))
+            self._add_files(run)
+            if self._last_checkpoint is not None:
+                self._upload(run, *self._last_checkpoint)
             run.finish(exit_code=self._status)
             self._end_service()
         except BaseException as error:  # SystemExit included: whatever wandb does, the training goes on
@@ -89,6 +114,7 @@ class WandbLog:
                     f"wandb cannot be reached ({_first_line(error)}); recording offline,"
                     f" send it later with: wandb sync {self._folder.wandb}/offline-run-*"
                 )
+                self._end_service()  # or it holds on to the run's id
         return self._init("offline")
 
     def _init(self, mode: Literal["online", "offline"]) -> Any:
@@ -112,6 +138,28 @@ class WandbLog:
         run.define_metric("*", step_metric="step")
         return run
 
+    def _add_files(self, run: Any) -> None:
+        """Configuration, verdicts, events and pictures, as far as there are any."""
+        for name in FILES:
+            if (path := self._folder.path / name).exists():
+                run.save(str(path), base_path=str(self._folder.path), policy="now")
+        shown = {path.stem: path for name in PICTURES if (path := self._folder.path / name).exists()}
+        if shown:
+            import wandb
+
+            run.log({"step": self._last_step, **{name: wandb.Image(str(path)) for name, path in shown.items()}})
+
+    def _upload(self, run: Any, step: int, path: Path) -> None:
+        """A checkpoint as a version of the run's artifact; one that is gone by now, or cannot be read, is said and left out."""
+        import wandb
+
+        try:
+            artifact = wandb.Artifact(f"checkpoint-{run.id}", "model", metadata={"step": step})
+            artifact.add_dir(str(path))
+            run.log_artifact(artifact, aliases=[f"step-{step}"])
+        except (OSError, ValueError) as error:
+            self._say(f"the checkpoint of step {step} does not go to wandb: {_first_line(error)}")
+
     def _end_service(self) -> None:
         import wandb
 
@@ -123,17 +171,6 @@ class WandbLog:
         if not path.exists():
             write_text(path, secrets.token_hex(4) + "\n")
         return path.read_text().strip()
-
-
-def _scalars(record: dict[str, Any]) -> dict[str, Any]:
-    """Values per layer as curves of their own, `name/layer`; tables, which wandb cannot draw, stay in metrics.jsonl."""
-    flat: dict[str, Any] = {}
-    for key, value in record.items():
-        if isinstance(value, list):
-            flat |= {f"{key}/{layer}": item for layer, item in enumerate(value) if not isinstance(item, list)}
-        else:
-            flat[key] = value
-    return flat
 
 
 def _first_line(error: BaseException) -> str:

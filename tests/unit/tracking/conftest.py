@@ -15,12 +15,12 @@ def run(tmp_path):
 
 @pytest.fixture
 def make_config(run):
-    def make(wandb: str = "disabled", **tracking) -> TrainConfig:
+    def make(wandb: str = "disabled", artifacts: str = "none", **tracking) -> TrainConfig:
         return TrainConfig(
             run_dir=str(run.path),
             model=ModelConfig(pattern="*-", d_model=16, vocab_size=256),
             data=DataConfig(corpora=(CorpusConfig(prefix="none"),)),
-            tracking=TrackingConfig(wandb=WandbConfig(mode=wandb), **tracking),
+            tracking=TrackingConfig(wandb=WandbConfig(mode=wandb, artifacts=artifacts), **tracking),
         )
 
     return make

@@ -7,8 +7,8 @@ import pytest
 from lctrain.tracking.console_line import format_line
 from lctrain.tracking.heatmap import plot_load
 from lctrain.tracking.jsonl import MetricsLog, read_metrics
+from lctrain.tracking.scalars import scalars
 from lctrain.tracking.tracker import Tracker
-from lctrain.tracking.wandb import _scalars
 
 
 def record(step: int, layers: int = 3, experts: int = 8, kinds: tuple[str, ...] = ("moe",)) -> dict:
@@ -53,7 +53,7 @@ def test_loads_are_recorded_every_so_many_steps_and_at_the_end(run, make_config,
 
 
 def test_wandb_gets_a_curve_per_layer() -> None:
-    flat = _scalars({"step": 3, "moe_entropy": [1.0, 2.0], "moe_load": [[0.5, 0.5], [0.5, 0.5]]})
+    flat = scalars({"step": 3, "moe_entropy": [1.0, 2.0], "moe_load": [[0.5, 0.5], [0.5, 0.5]]})
     assert flat == {"step": 3, "moe_entropy/0": 1.0, "moe_entropy/1": 2.0}
 
 

@@ -17,6 +17,12 @@ from lctrain.tracking.wandb import WandbLog, check_wandb
 
 pytestmark = pytest.mark.timeout(60)
 
+PIXEL = bytes.fromhex(
+    "89504e470d0a1a0a0000000d4948445200000001000000010802000000907753de0000000c4944415408d763f8cfc0000003010100c9fe92ef"
+    "0000000049454e44ae426082"
+)
+"""A PNG picture."""
+
 
 def read_datastore(path):
     """Records of a .wandb file: after a 7-byte header, LevelDB's log format in blocks of 32 KiB, each record a protobuf."""
@@ -127,6 +133,57 @@ def test_failure_is_said_once_and_training_goes_on(monkeypatch, run, make_config
     log.close(0)
     (line,) = said
     assert line.startswith("wandb is off for the rest of the run")
+
+
+@pytest.mark.parametrize("wanted", ["none", "last", "all"])
+def test_files_pictures_and_checkpoints_go_along(run, make_config, wanted):
+    config = make_config("offline", artifacts=wanted)
+    run.config.write_text("a: 1\n")
+    (run.path / "verify_layout.json").write_text("{}")
+    run.plot.write_bytes(PIXEL)
+    tracker = open_tracker(config, 0, 0)
+    for step in (1, 2):
+        tracker.step({"step": step, "loss": 1.0})
+        folder = run.checkpoints / f"step-{step}"
+        folder.mkdir(parents=True)
+        (folder / "weights").write_text("w" * step)
+        tracker.event("checkpoint", step=step, checkpoint=str(folder))
+    tracker.event("checkpoint", step=3, checkpoint=str(run.checkpoints / "gone")) if wanted == "all" else None
+    tracker.close()
+    (file,) = run.wandb.glob("offline-run-*/*.wandb")
+    records = read_datastore(file)
+    named = {entry.path for record in records if record.WhichOneof("record_type") == "files" for entry in record.files.files}
+    assert {"config.yaml", "verify_layout.json"} <= named
+    assert (file.parent / "files" / "config.yaml").exists()
+    assert any(("loss" in row and "image-file" in str(row["loss"])) or "loss/_type" in row for row in history(records))
+    versions = [
+        record.request.log_artifact.artifact if record.WhichOneof("record_type") == "request" else record.artifact
+        for record in records
+        if record.WhichOneof("record_type") == "artifact"
+        or (record.WhichOneof("record_type") == "request" and record.request.WhichOneof("request_type") == "log_artifact")
+    ]
+    steps = [json.loads(version.metadata)["step"] for version in versions if version.type == "model"]
+    assert steps == {"none": [], "last": [2], "all": [1, 2]}[wanted]
+
+
+def test_an_address_where_nobody_listens_makes_the_run_offline_with_one_warning(run, make_config, monkeypatch):
+    """The real library, online, against a port that refuses: nothing waits for it, and the run is there, offline."""
+    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
+    monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+    monkeypatch.setattr(wandb_log, "START_S", 2)
+    said = []
+    began = time.monotonic()
+    log = WandbLog(run, make_config("online"), said.append)
+    for step in range(1, 51):
+        log.step({"step": step, "loss": 1 / step})
+    assert time.monotonic() - began < 1
+    log.close(0)
+    assert time.monotonic() - began < 25
+    (line,) = said
+    assert "cannot be reached" in line
+    assert "wandb sync" in line
+    (file,) = run.wandb.glob("offline-run-*/*.wandb")
+    assert [row["step"] for row in history(read_datastore(file))] == list(range(1, 51))
 
 
 def test_service_that_never_answers_costs_no_step_and_a_bounded_end(monkeypatch, run, make_config):
