@@ -63,10 +63,11 @@ class CutParameters:
         if not self._axes:
             return
         parameters = list(self.parameters.values())
+        grads: list[Tensor] = []
         for parameter in parameters:
             if parameter.grad is None:  # no token came by: the copies' ranks wait all the same
                 parameter.grad = torch.zeros_like(parameter)
-        grads = [p.grad.to_local() if isinstance(p.grad, DTensor) else p.grad for p in parameters]
+            grads.append(parameter.grad.to_local() if isinstance(parameter.grad, DTensor) else parameter.grad)
         if self.sharded:  # FSDP has averaged over the copies
             torch._foreach_mul_(grads, 1 / self.mesh.ep)
             return

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Callable
 from collections.abc import Container
 
 import torch
@@ -65,10 +66,10 @@ def _initial_part(
 def _whole(module: nn.Module, local: str, name: str, shape: list[int], std: float, seed: int, place: Place) -> Tensor:
     digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
-    if hasattr(module, "initial"):
-        values = module.initial(local, shape, std, generator)
-        if values is not None:
-            return values  # type: ignore[no-any-return]
+    own: Callable[..., Tensor | None] | None = getattr(module, "initial", None)
+    values = own(local, shape, std, generator) if own is not None else None
+    if values is not None:
+        return values
     if place.family is Family.NORM:
         return torch.ones(shape)
     if name.endswith(("bias", "sinks")):

@@ -52,7 +52,7 @@ class RMSNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Any shape whose last dimension is `size`; same dtype out."""
         wide = torch.promote_types(x.dtype, torch.float32)
-        weight = self.weight
+        weight: Tensor = self.weight
         if self.tp.size > 1:
             from lctrain.models.megatron_layers import sum_gradient
 

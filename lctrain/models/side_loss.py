@@ -18,10 +18,10 @@ class _Inject(torch.autograd.Function):
         return x.view_as(x)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
         return grad, torch.ones_like(ctx.like)
 
 
 def inject(x: Tensor, loss: Tensor) -> Tensor:
     """x itself; backward through it also differentiates `loss` (a scalar) with weight 1."""
-    return _Inject.apply(x, loss)  # type: ignore[no-any-return]
+    return _Inject.apply(x, loss)
