@@ -1,6 +1,6 @@
 """Measure speed, memory and traffic, side by side with what others would use.
 
-usage: lctrain bench {step,attention,simulate,ssd,moe,checkpoint} [name=value ...]
+usage: lctrain bench {step,attention,simulate,ssd,moe,convert,checkpoint} [name=value ...]
 
   lctrain bench step model=small seq=1024,4096
   lctrain bench attention strategies=ring,all_gather cp=2,4 seq=8192,16384
@@ -9,6 +9,7 @@ usage: lctrain bench {step,attention,simulate,ssd,moe,checkpoint} [name=value ..
   lctrain bench ssd seq=8192,16384
   lctrain bench moe experts=8,64
   lctrain bench checkpoint mb=1000
+  lctrain bench convert gb=3
 """
 
 from __future__ import annotations
@@ -18,7 +19,15 @@ from lctrain.subcommands import subcommands
 
 def main(args: list[str]) -> int:
     """Run the command."""
-    known = {"step": _step, "attention": _attention, "simulate": _simulate, "ssd": _ssd, "moe": _moe, "checkpoint": _checkpoint}
+    known = {
+        "step": _step,
+        "attention": _attention,
+        "simulate": _simulate,
+        "ssd": _ssd,
+        "moe": _moe,
+        "checkpoint": _checkpoint,
+        "convert": _convert,
+    }
     return subcommands("bench", known, args)
 
 
@@ -132,3 +141,20 @@ def _moe(args: list[str]) -> int:
     from lctrain.bench.moe import bench_moe
 
     return bench_moe(config)
+
+
+def _convert(args: list[str]) -> int:
+    """Time conversions of a made-up model beside a plain copy of its files, and count the memory that they take.
+
+    usage: lctrain bench convert [gb=3] [family=llama] [name=value ...]
+
+      lctrain bench convert
+      lctrain bench convert gb=0.5 family=mixtral folder=/scratch
+    """
+    from lctrain.config.convert import ConvertBenchConfig
+    from lctrain.config.load import load
+
+    config = load(ConvertBenchConfig, "bench_convert", args)
+    from lctrain.bench.convert import bench_convert
+
+    return bench_convert(config)

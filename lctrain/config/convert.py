@@ -50,3 +50,20 @@ class ConvertConfig(_Base):  # type: ignore[misc, valid-type]
     """Replace an existing output folder, once the new one is complete."""
     shard_gb: PositiveFloat = 5.0
     """Largest size of one safetensors file, 10^9 bytes; a larger single tensor has its own file."""
+
+
+class ConvertBenchConfig(Strict):
+    """`lctrain bench convert`: a made-up model converted, beside a plain copy of its files."""
+
+    gb: PositiveFloat = 3.0
+    """Size of the model's files, 10^9 bytes, about."""
+    family: Literal["llama", "mixtral"] = "llama"
+    """Its shape: dense, or with eight experts in every layer, which are put together into one tensor."""
+    dtype: Literal["fp32", "bf16"] = "bf16"
+    """What its numbers are stored in."""
+    repeats: Positive = 3
+    """Conversions and copies of each kind, taking turns; the median counts."""
+    folder: str | None = None
+    """Where to write, on the disk to be measured; about four times `gb` must be free. Null: a temporary folder."""
+    output: str | None = None
+    """JSON file for the results and a description of this machine."""

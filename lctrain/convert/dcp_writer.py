@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import io
 import os
 import pickle
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
@@ -24,6 +23,8 @@ from torch.distributed.checkpoint.metadata import (
 
 from lctrain.convert.stream import Info
 
+CHUNK_BYTES = 64 * 2**20
+
 
 class Slot(NamedTuple):
     """Where a tensor belongs: into `row` of the tensor `key`, which has `rows` such (None: it is all of it)."""
@@ -36,7 +37,7 @@ class Slot(NamedTuple):
 class DcpWriter:
     """A Target. slots: of every tensor, one or several, of which each gets a copy. extra: further keys without a tensor.
 
-    Every block becomes a chunk of its own, so that no tensor need be in memory as a whole.
+    About every CHUNK_BYTES become a chunk, so that no tensor need be in memory as a whole.
     """
 
     def __init__(
@@ -54,7 +55,7 @@ class DcpWriter:
         """See Target."""
         info = self._infos[name]
         at = 0
-        for block in blocks:
+        for block in _gathered(blocks):
             for slot in self._slots[name]:
                 shape = info.shape if slot.row is None else torch.Size((slot.rows, *info.shape))
                 entry = self._tensors.get(slot.key)
@@ -85,10 +86,27 @@ class DcpWriter:
             self._count += 1
             self._file = self._begin(self._count)
         start = self._file.tell()
-        buffer = io.BytesIO()
-        torch.save(value.clone() if isinstance(value, Tensor) else value, buffer)  # a view would bring all it is a view of
-        self._file.write(buffer.getbuffer())
+        checksums = torch.serialization.get_crc32_options()
+        torch.serialization.set_crc32_options(False)  # nobody compares them, and they take most of the time
+        try:
+            if isinstance(value, Tensor) and value.untyped_storage().nbytes() > value.nbytes:
+                value = value.clone()  # else all that it is a view of would come along
+            torch.save(value, self._file)
+        finally:
+            torch.serialization.set_crc32_options(checksums)
         return _StorageInfo(f"__0_{self._count}.distcp", start, self._file.tell() - start)
 
     def _begin(self, number: int) -> IO[bytes]:
         return open(self._folder / f"__0_{number}.distcp", "wb")
+
+
+def _gathered(blocks: Iterable[Tensor]) -> Iterator[Tensor]:
+    """Blocks of rows joined to larger ones."""
+    held: list[Tensor] = []
+    for block in blocks:
+        held.append(block)
+        if sum(each.nbytes for each in held) >= CHUNK_BYTES:
+            yield torch.cat(held)
+            held = []
+    if held:
+        yield torch.cat(held)
