@@ -14,11 +14,11 @@ from lctrain.parallel.layout import IGNORE
 
 
 def position_bucket(positions: Tensor) -> Tensor:
-    """Bucket of every target, int64: k for a prediction made from 2^k to 2^(k+1) - 1 tokens of its document.
+    """Bucket of every target, int64: 0 for one predicted from 1 token of its document, k from 2^(k-1) + 1 to 2^k tokens.
 
     positions: int64, of the token that predicts within its document, from 0 on.
     """
-    return torch.frexp((positions + 1).double()).exponent.long() - 1
+    return torch.frexp(positions.double()).exponent.long()  # bits of an integer
 
 
 class Watch:
@@ -30,7 +30,7 @@ class Watch:
 
     def __init__(self, longest: int, waits: Collection[Waits], device: torch.device) -> None:
         self._waits = waits
-        self.sums = torch.zeros(2, longest.bit_length(), dtype=torch.float64, device=device)
+        self.sums = torch.zeros(2, (longest - 1).bit_length() + 1, dtype=torch.float64, device=device)
         self._forward_s = 0.0
         self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
 

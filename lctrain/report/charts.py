@@ -102,8 +102,8 @@ def _long_context(records: Records, marks: Marks) -> list[Chart]:
         if len(lines) == 1:
             profile = _mean_profile(known)
             lines = [Line(f"step {known[-1]['step']}", list(profile), list(profile.values()), points=True)]
-        note = "By how many tokens of its document the model sees; falling to the right means that it uses them"
-        x_label = "context, tokens (from this power of two on)"
+        note = "By how many tokens of its document the model sees; falling to the right, it uses them"
+        x_label = "tokens of context (up to this power of two)"
         charts.append(LineChart("Loss by position", note, "nats per token", lines, x_label=x_label, powers=True))
         shown = sorted({bucket for record in known for bucket in _profile(record)})
         chosen = [shown[round(i * (len(shown) - 1) / max(1, min(5, len(shown)) - 1))] for i in range(min(5, len(shown)))]
@@ -111,8 +111,8 @@ def _long_context(records: Records, marks: Marks) -> list[Chart]:
         for bucket in chosen:
             rows = [(record["step"], _profile(record)[bucket]) for record in known if bucket in _profile(record)]
             values = [value for _, value in rows]
-            name = f"{2**bucket:,} to {2 ** (bucket + 1) - 1:,}" if bucket else "1"
-            lines.append(Line(f"{name} tokens", [step for step, _ in rows], smooth(values) if len(values) >= 20 else values))
+            name = f"{2 ** (bucket - 1) + 1:,} to {2**bucket:,}" if bucket > 1 else str(2**bucket)
+            lines.append(Line(f"context {name}", [step for step, _ in rows], smooth(values) if len(values) >= 20 else values))
         note = "Targets that see so many tokens of their document, averaged over neighbouring steps"
         charts.append(LineChart("Loss by position over the run", note, "nats per token", lines, marks))
     note = "Attention work if all were as busy as each step's busiest context-parallel rank, over the real work; 1 is even"
