@@ -40,8 +40,8 @@ def state(
         return f"running, step {done} of {total}", ""
     if total and done >= total:
         return f"finished, {done} steps", "good"
-    last: dict[str, Any] = next((event for event in reversed(events) if event.get("kind") in ("stop", "launch")), {})
-    how = f"stopped by {last.get('signal')}" if last.get("kind") == "stop" else "unfinished"
+    last: dict[str, Any] = next((event for event in reversed(events) if event.get("kind") in ("stop", "launch", "failure")), {})
+    how = {"stop": f"stopped by {last.get('signal')}", "failure": "failed"}.get(str(last.get("kind")), "unfinished")
     return f"{how}, step {done} of {total or '?'}", "bad"
 
 

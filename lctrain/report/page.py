@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import html
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,8 @@ from lctrain.tracking.jsonl import read_events, read_metrics
 from lctrain.tracking.series import restarts
 from lctrain.whole_file import write_text
 
+ALARMS = ("failure", "not_finite", "replicas_differ", "rollback", "FAIL")
+"""Events and verdicts that must not be overlooked."""
 _HERE = Path(__file__).parent
 MOST_EVENTS = 200
 """Events shown; of more, the newest."""
@@ -97,7 +99,7 @@ def _verify(run: RunDir) -> str:
             f"<p>{verdict} {_text(result.get('layout'))}, {_text(result.get('seconds'))} s"
             f" {_text('; '.join(result.get('notes') or []))}</p>"
             + (f"<pre>{_text(result['problem'])}</pre>" if result.get("problem") else "")
-            + _details("checks against one process", _table(("check", "deviation", "limit", ""), rows))
+            + _details("checks against one process", _table(("check", "deviation", "limit", ""), rows, ALARMS))
         )
     return f'<h2>Verified layout</h2><div class="card">{"".join(parts)}</div>'
 
@@ -108,7 +110,7 @@ def _events(events: list[dict[str, Any]]) -> str:
     left_out = len(events) - MOST_EVENTS
     note = f'<p class="soft">The newest {MOST_EVENTS} of {len(events)}</p>' if left_out > 0 else ""
     rows = event_rows(events[-MOST_EVENTS:])
-    return f'<h2>Events</h2><div class="card">{note}{_table(("time (UTC)", "event", ""), rows)}</div>'
+    return f'<h2>Events</h2><div class="card">{note}{_table(("time (UTC)", "event", ""), rows, ALARMS)}</div>'
 
 
 def _config(run: RunDir) -> str:
@@ -140,11 +142,14 @@ def _details(title: str, content: str) -> str:
     return f"<details><summary>{_text(title)}</summary>{content}</details>"
 
 
-def _table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+def _table(head: Sequence[str], rows: Iterable[Sequence[Any]], alarms: Collection[str] = ()) -> str:
+    """alarms: cells of these texts are written in the colour of what is bad."""
+
+    def cell(value: Any) -> str:
+        return f'<td class="bad">{_text(value)}</td>' if value in alarms else f"<td>{_text(value)}</td>"
+
     top = f"<tr>{''.join(f'<th>{_text(cell)}</th>' for cell in head)}</tr>" if head else ""
-    return (
-        f"<table>{top}{''.join('<tr>' + ''.join(f'<td>{_text(cell)}</td>' for cell in row) + '</tr>' for row in rows)}</table>"
-    )
+    return f"<table>{top}{''.join('<tr>' + ''.join(map(cell, row)) + '</tr>' for row in rows)}</table>"
 
 
 def _short(value: Any) -> str:

@@ -69,6 +69,15 @@ def test_short_and_unfinished_runs(make_run, steps):
     assert "nan" not in re.sub(r"<script>.*?</script>", "", text, flags=re.S).lower().replace("nanos", "")
 
 
+def test_a_failure_is_said(make_run):
+    run = make_run(3)
+    append_event(run.events, "failure", rank=2, message="rank 2 died")
+    text = render(run)
+    assert "failed, step 3 of 40" in text
+    assert '<td class="bad">failure</td>' in text
+    assert "rank 2 died" in text
+
+
 def test_a_run_without_a_step_says_so(make_run):
     text = render(make_run(0))
     assert Page(text).titles == []
