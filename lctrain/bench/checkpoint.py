@@ -77,7 +77,6 @@ def _measure(config: CheckpointBenchConfig, state: State, place: Path) -> tuple[
     """Median seconds of each way, taken in turn; and what the first asynchronous save waits."""
     at_once = Saver(CheckpointStore(place / "at_once", keep_last=1), asynchronous=False)
     background = Saver(CheckpointStore(place / "background", keep_last=1), asynchronous=True)
-    step = 0
 
     def plain(sync: bool) -> tuple[float, float]:
         began = time.perf_counter()
@@ -90,24 +89,24 @@ def _measure(config: CheckpointBenchConfig, state: State, place: Path) -> tuple[
         (place / "plain.pt").unlink()
         return seconds, seconds
 
-    def ours(saver: Saver) -> tuple[float, float]:
+    def ours(saver: Saver, step: int) -> tuple[float, float]:
         saver.save(step, state, {})
         saver.wait()
         (saved,) = saver.finished()
         return saved.stall_s, saved.seconds
 
-    ways: dict[str, Callable[[], tuple[float, float]]] = {
-        PLAIN: lambda: plain(False),
-        SYNCED: lambda: plain(True),
-        AT_ONCE: lambda: ours(at_once),
-        BACKGROUND: lambda: ours(background),
+    ways: dict[str, Callable[[int], tuple[float, float]]] = {
+        PLAIN: lambda step: plain(False),
+        SYNCED: lambda step: plain(True),
+        AT_ONCE: lambda step: ours(at_once, step),
+        BACKGROUND: lambda step: ours(background, step),
     }
     times: dict[str, list[tuple[float, float]]] = {name: [] for name in ways}
     with progress("saving", (config.repeats + 1) * len(ways), "saves") as advance:
         for step in range(1, config.repeats + 2):
             for name, way in ways.items():
                 os.sync()  # nobody pays for what another has left in the page cache
-                times[name].append(way())
+                times[name].append(way(step))
                 advance(1)
     results = []
     for name, (_, *timed) in times.items():
