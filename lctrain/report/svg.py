@@ -103,7 +103,7 @@ class LineChart:
         """(class of the colour, label) of every line, if there is more than one, and the sort of marks."""
         shown = [line for line in self.lines if line.xs]
         lines = [(colour, line.label) for colour, line in _coloured(shown) if not line.faint]
-        return [*(lines if len(shown) > 1 else []), *([("m", "restart")] if self.marks else [])]
+        return [*(lines if len(lines) > 1 else []), *([("m", "restart")] if self.marks else [])]
 
 
 @dataclasses.dataclass(frozen=True)

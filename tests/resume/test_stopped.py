@@ -61,7 +61,8 @@ def test_stop_while_the_model_is_built_saves_nothing(training):
     status, out, err = run.finish()
     assert (status, err.count("\n")) == (0, 1)
     assert "SIGTERM: stopping after step 0 of 12" in out
-    assert out.splitlines()[-1].startswith("no loss curve: ")
+    assert out.splitlines()[-2].startswith("no loss curve: ")
+    assert out.splitlines()[-1] == f"report: {run.run_dir}/report.html"
     assert not (run.run_dir / "checkpoints").exists()
     assert run.metrics() == []
 
@@ -82,10 +83,11 @@ def test_stop_while_a_checkpoint_is_read_leaves_it_alone(copy_of_reference):
 
 def test_stop_after_the_last_step_lets_the_run_end(copy_of_reference):
     run = copy_of_reference(12, "tracking.plot=true")
-    run.start_held("lctrain.train:_plot", 1)
+    run.start_held("lctrain.train:draw_pictures", 1)
     os.kill(run.launcher, signal.SIGTERM)
     run.wait_until(lambda: "SIGTERM" in run.said(1))
     run.go_on()
     status, out, err = run.finish()
     assert (status, err.count("\n")) == (0, 1)
-    assert out.splitlines()[-1] == f"loss curve: {run.run_dir}/loss.png"
+    assert f"loss curve: {run.run_dir}/loss.png" in out.splitlines()
+    assert out.splitlines()[-1] == f"report: {run.run_dir}/report.html"
