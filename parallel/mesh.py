@@ -111,17 +111,18 @@ class ProcessMesh:
 
     def make_groups(self) -> MeshGroups:
         """This process's groups. Collective: every process must call it, once."""
+        made: dict[tuple[tuple[int, ...], ...], dist.ProcessGroup] = {}  # dimensions that coincide share a process group
         dimensions = {field.name: tuple(field.name.split("_")) for field in dataclasses.fields(MeshGroups)}
-        return MeshGroups(**{name: self._group(*along) for name, along in dimensions.items()})
+        return MeshGroups(**{name: self._group(made, *along) for name, along in dimensions.items()})
 
-    def _group(self, *dimensions: str) -> RankGroup:
-        mine = RankGroup()
-        for ranks in self.partition(*dimensions):
-            if len(ranks) > 1:
-                process_group = dist.new_group(ranks)
-                if self.rank in ranks:
-                    mine = RankGroup(process_group)
-        return mine
+    def _group(self, made: dict[tuple[tuple[int, ...], ...], dist.ProcessGroup], *dimensions: str) -> RankGroup:
+        partition = tuple(tuple(ranks) for ranks in self.partition(*dimensions))
+        if len(partition[0]) == 1:
+            return RankGroup()
+        if partition not in made:
+            groups = [(ranks, dist.new_group(list(ranks))) for ranks in partition]
+            made[partition] = next(group for ranks, group in groups if self.rank in ranks)
+        return RankGroup(made[partition])
 
     @property
     def sizes(self) -> str:

@@ -1,8 +1,8 @@
 """Run a function on several local gloo ranks and collect what each returns: for tests, benchmarks and `lctrain verify`.
 
 Ranks are forked from the calling process after its imports, so a group of four starts in about a second, and a group is kept
-for the next call with the same size. Children compute with one thread each: a forked child cannot use the OpenMP pool that
-its parent may already have started.
+for the next call with the same size, unless the calls so far have made many process groups: each keeps threads that never
+rest. Children compute with one thread each: a forked child cannot use the OpenMP pool that its parent may already have started.
 """
 
 from __future__ import annotations
@@ -26,6 +26,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+MOST_PROCESS_GROUPS = 24
+"""Made by one pool, those without a given rank included, after which it is not used again. With gloo each has three threads in
+every member, one of which wakes up every 10 ms: a pool that served a hundred calls would leave no core for the next."""
+
 
 class RankError(RuntimeError):
     """A rank raised, died or did not answer in time; the message carries the trace of the first one that did."""
@@ -36,6 +40,7 @@ class RankPool:
 
     def __init__(self, world_size: int) -> None:
         self.world_size = world_size
+        self.process_groups = 1
         self.known_modules = frozenset(sys.modules)
         context = multiprocessing.get_context("fork")
         self._folder = tempfile.mkdtemp(prefix="lctrain-ranks-")
@@ -71,14 +76,14 @@ class RankPool:
             for done in ready:
                 rank = next(rank for rank, own in enumerate(self._pipes) if own is done)
                 try:
-                    ok, value = torch.load(io.BytesIO(self._pipes[rank].recv_bytes()), weights_only=False)
+                    ok, value, groups = torch.load(io.BytesIO(self._pipes[rank].recv_bytes()), weights_only=False)
                 except EOFError:
                     self.close()
                     raise RankError(f"rank {rank} of {self.world_size} died") from None
                 if not ok:
                     self.close()
                     raise RankError(f"rank {rank} of {self.world_size} raised:\n{value}")
-                answers[rank] = value
+                answers[rank], self.process_groups = value, max(self.process_groups, groups)
         return [answers[rank] for rank in range(self.world_size)]
 
     def close(self) -> None:
@@ -107,7 +112,10 @@ def run_ranks(fn: Callable[..., Any], world_size: int, *args: Any, timeout_s: fl
         pool = None
     if pool is None:
         pool = _pools[world_size] = RankPool(world_size)
-    return pool.run(fn, *args, timeout_s=timeout_s)
+    answers = pool.run(fn, *args, timeout_s=timeout_s)
+    if pool.process_groups > MOST_PROCESS_GROUPS:
+        pool.close()
+    return answers
 
 
 @atexit.register
@@ -128,11 +136,11 @@ def _serve(rank: int, world_size: int, rendezvous: str, pipe: Connection, inheri
             order = pipe.recv_bytes()
             try:
                 fn, args = pickle.loads(order)
-                answer = (True, fn(rank, world_size, *args))
+                ok, value = True, fn(rank, world_size, *args)
             except BaseException:
-                answer = (False, traceback.format_exc())
+                ok, value = False, traceback.format_exc()
             buffer = io.BytesIO()
-            torch.save(answer, buffer)
+            torch.save((ok, value, dist.get_pg_count()), buffer)
             pipe.send_bytes(buffer.getvalue())
     sys.stdout.flush()
     sys.stderr.flush()
