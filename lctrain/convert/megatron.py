@@ -112,9 +112,7 @@ def plan_megatron(options: ConvertConfig, opened: Opened) -> Plan:
 
     def begin(folder: Path, infos: Mapping[str, Info]) -> Target:
         slots = {name: _slots(name, layers if stacked else None) for name in infos}
-        return DcpWriter(
-            folder, infos, slots, _extra_states(mapping, infos, layers if stacked else None), int(options.shard_gb * 1e9)
-        )
+        return DcpWriter(folder, infos, slots, _extra_states(infos, layers if stacked else None), int(options.shard_gb * 1e9))
 
     def finish(folder: Path, infos: Mapping[str, Info]) -> None:
         (folder / SETTINGS).write_text(json.dumps(settings, indent=1) + "\n")
@@ -138,23 +136,22 @@ def _slots(name: str, layers: int | None) -> list[Slot]:
     return [Slot(each.replace(match[0], "decoder.layers."), int(match[1]), layers) for each in found]
 
 
-def _extra_states(mapping: WeightMap, infos: Mapping[str, Info], layers: int | None) -> list[str]:
-    """Keys of the empty `_extra_state` that every linear asks for when it is loaded."""
-    keys: dict[str, None] = {}
+def _extra_states(infos: Mapping[str, Info], layers: int | None) -> list[str]:
+    """Keys of the empty `_extra_state` that modules ask for when they are loaded; those of others are ignored.
+
+    layers: how many are stacked, if they are.
+    """
+    keys = dict.fromkeys(f"{module}._extra_state/shard_0_1" for module in names.WHOLE_MODULES)
     for name, info in infos.items():
         match = re.match(r"decoder\.layers\.(\d+)\.", name)
         if match is None:
             continue
-        layer, prefix = int(match[1]), match[0]
-        at, of = (f"{layer}", f"{layers}") if layers is not None else ("0", "1")
-        stem = prefix if layers is None else "decoder.layers."
-        for module in names.LINEARS:
-            if any(f"{prefix}{module.rpartition('.')[0]}." in each for each in (name,)):
-                keys[f"{stem}{module}._extra_state/shard_{at}_{of}"] = None
-        if ".experts.experts." in name:
-            experts = info.shape[0]
-            for expert in range(experts):
-                place = (f"{layer}.{expert}", f"{layers}.{experts}") if layers is not None else (f"{expert}", f"{experts}")
+        stem, at, of = (match[0], "", "") if layers is None else ("decoder.layers.", f"{match[1]}.", f"{layers}.")
+        for module in names.MODULES:
+            keys[f"{stem}{module}._extra_state/shard_{at[:-1] or 0}_{of[:-1] or 1}"] = None
+        if ".experts.experts.linear_fc1." in name:
+            for expert in range(info.shape[0]):
                 for linear in ("linear_fc1", "linear_fc2"):
-                    keys[f"{stem}mlp.experts.experts.{linear}._extra_state/shard_{place[0]}_{place[1]}"] = None
+                    place = f"shard_{at}{expert}_{of}{info.shape[0]}"
+                    keys[f"{stem}mlp.experts.experts.{linear}._extra_state/{place}"] = None
     return list(keys)

@@ -7,7 +7,7 @@ from typing import Any
 
 from lctrain.config.rope import RopeConfig
 from lctrain.config.schema import ModelConfig
-from lctrain.convert.function import symbols
+from lctrain.convert.function import function_of, symbols
 from lctrain.convert.rules import GroupedHeads, Joined, Reordered, Rule, joined, partial_rotation, rotated_pairs, same
 from lctrain.errors import UserError
 
@@ -20,14 +20,25 @@ ALIASES = {
 }
 """Norms by their names as modules of their own, and within the linear that follows, as Transformer Engine has them."""
 
-LINEARS = (
+MODULES = (
     *("self_attention.linear_qkv", "self_attention.linear_proj", "self_attention.core_attention"),
     *("self_attention.linear_q_proj", "self_attention.linear_q_down_proj", "self_attention.linear_q_up_proj"),
     *("self_attention.linear_kv_down_proj", "self_attention.linear_kv_up_proj", "mlp.linear_fc1", "mlp.linear_fc2"),
     *("mlp.shared_experts.linear_fc1", "mlp.shared_experts.linear_fc2", "mixer.in_proj", "mixer.out_proj"),
+    *("input_layernorm", "pre_mlp_layernorm", "norm", "self_attention.q_layernorm", "self_attention.k_layernorm"),
+    "self_attention.kv_layernorm",
 )
-"""Modules that put a `_extra_state` into checkpoints."""
+"""Modules of a layer that put a `_extra_state` into checkpoints; norms do with Transformer Engine."""
 
+WHOLE_MODULES = ("output_layer", "decoder.final_layernorm", "decoder.final_norm")
+"""The same outside of layers."""
+
+
+KNOWN = (
+    *("pattern", "d_model", "vocab_size", "norm_eps", "tie_embeddings", "mlp.", "latent_attention.", "mamba."),
+    *(f"attention.{name}" for name in ("n_heads", "n_kv_heads", "bias", "qk_norm", "rotary", "head_dim", "window", "rope.")),
+)
+"""Settings that the table has an answer to; another one that is in use is refused."""
 
 IGNORABLE = ("mamba.dt_limit_min", "mamba.dt_limit_max")
 """What a user may know to change little: limits of step sizes that are hardly ever met."""
@@ -159,17 +170,43 @@ def _check(config: ModelConfig, accept: Sequence[str]) -> None:
         "attention.routed_heads": attention.routed_heads is not None,
         "attention.out_bias": set("*W") & set(pattern) and attention.out_bias and not config.mlp.bias,
         "mlp.bias": "-" in pattern and config.mlp.bias and not (attention.out_bias and attention.bias),
+        "norm_eps other than 1e-05 (its mixers have that)": "M" in pattern and config.norm_eps != 1e-5,
+        "mamba.conv_kernel other than 4": "M" in pattern and mamba.conv_kernel != 4,
         "mamba.bias": "M" in pattern and mamba.bias,
         "mamba.conv_bias=false": "M" in pattern and not mamba.conv_bias,
         "mamba.dt_limit_min": "M" in pattern and mamba.dt_limit_min > 0,
         "mamba.dt_limit_max": "M" in pattern and mamba.dt_limit_max is not None,
-        "moe.router.tasks": "E" in pattern and config.moe.router.tasks > 1,
+        **(_lacking_of_experts(config) if "E" in pattern else {}),
         "moe.activation other than mlp.activation": {"E", "-"} <= set(pattern)
         and config.moe.activation != config.mlp.activation,
     }
+    known = (
+        *KNOWN,
+        *(f"moe.{name}" for name in ("n_experts", "top_k", "d_ff", "activation", "shared_d_ff", "balance.", "router.")),
+    )
+    for name, value in function_of(config).items():
+        if value and not name.startswith((*known, *lacking)):
+            lacking[name] = True
     for name, lacks in lacking.items():
         if lacks and not (name in accept and name in IGNORABLE):
             raise UserError(f"megatron-core's {'MambaModel' if hybrid else 'GPTModel'} cannot express model.{name}")
+
+
+def _lacking_of_experts(config: ModelConfig) -> dict[str, bool]:
+    moe, router = config.moe, config.moe.router
+    # It scores a group by its best top_k / top_groups experts; with two of them that is the sum of two.
+    same_groups = router.group_score == "top_k_over_groups" or (
+        router.group_score == "top2_sum" and router.top_groups * 2 == moe.top_k
+    )
+    return {
+        "moe.router.tasks": router.tasks > 1,
+        "moe.router.renormalise=false with sigmoid scores": router.score == "sigmoid"
+        and not router.renormalise
+        and moe.top_k > 1,
+        "moe.router.group_score": router.groups > 1 and not same_groups,
+        "moe.shared_gate": moe.shared_gate,
+        "moe.capacity_factor": moe.capacity_factor is not None,
+    }
 
 
 def settings(config: ModelConfig) -> dict[str, Any]:
@@ -253,6 +290,8 @@ def _positions(config: ModelConfig) -> dict[str, Any]:
     if not config.attention.rotary or not set("*W") & set(pattern):
         return {"position_embedding_type": "none"}
     found: dict[str, Any] = {"position_embedding_type": "rope", "rotary_base": rope.theta}
+    if is_hybrid(config) and rope.scaling not in ("none", "linear"):
+        raise UserError(f"megatron-core's MambaModel cannot express model.attention.rope.scaling={rope.scaling}")
     if rope.fraction < 1:
         found["rotary_percent"] = rope.fraction
     if rope.scaling == "linear":

@@ -23,7 +23,7 @@ from lctrain.convert.run import convert
 from lctrain.convert.safetensors import SafetensorsFolder, SafetensorsWriter
 from lctrain.engines.deepspeed.start import start_deepspeed
 from lctrain.errors import UserError
-from lctrain.launch.ranks import run_ranks
+from lctrain.launch.ranks import close_pools, run_ranks
 from lctrain.models.model import LanguageModel
 
 CONFIG = ModelConfig(
@@ -93,6 +93,13 @@ def load(rank: int, world: int, folder: str, stage: int):
     from deepspeed.utils import safe_get_full_fp32_param
 
     return {name: safe_get_full_fp32_param(parameter).clone() for name, parameter in engine.module.named_parameters()}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _end_ranks():
+    """Every model that megatron-core or DeepSpeed builds leaves process groups, with threads of their own."""
+    yield
+    close_pools()
 
 
 def run(**settings) -> None:

@@ -40,7 +40,7 @@ from lctrain.convert.run import convert
 from lctrain.convert.safetensors import SafetensorsFolder, SafetensorsWriter
 from lctrain.convert.verify import our_logits, random_tokens
 from lctrain.errors import UserError
-from lctrain.launch.ranks import run_ranks
+from lctrain.launch.ranks import close_pools, run_ranks
 
 VOCAB, LENGTH = 96, 24
 CONFIGS = {
@@ -193,6 +193,13 @@ def save_again(rank: int, world: int, folder: str, output: str, tp: int, pp: int
             Path(output).mkdir()
         torch.distributed.barrier()
         dist_checkpointing.save(model.sharded_state_dict(), output)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _end_ranks():
+    """Every model that megatron-core or DeepSpeed builds leaves process groups, with threads of their own."""
+    yield
+    close_pools()
 
 
 def run(**settings) -> None:
