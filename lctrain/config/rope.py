@@ -15,7 +15,7 @@ class RopeConfig(Strict):
     theta: PositiveFloat = 10_000.0
     """Base of the rotation frequencies."""
     fraction: Annotated[Fraction, Field(gt=0)] = 1.0
-    """Share of a head's entries that is rotated (Bamba: 0.5): pairs of entries i and i + head_dim / 2, of which the last stay."""
+    """Share of a head's entries that is rotated (Bamba: 0.5): pairs i and i + head_dim / 2, of which the last stay."""
     scaling: Literal["none", "linear", "yarn", "llama3"] = "none"
     """Rule that stretches the frequencies: none, linear (position interpolation), yarn, or llama3 (by-part smoothing)."""
     factor: PositiveFloat = 1.0
