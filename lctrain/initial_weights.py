@@ -12,7 +12,8 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 
 from lctrain.checkpoint.agree import agreed, from_rank_0
 from lctrain.config.convert import ConvertConfig
-from lctrain.config.schema import ModelConfig, TrainConfig
+from lctrain.config.model import ModelConfig
+from lctrain.config.schema import TrainConfig
 from lctrain.convert.formats import open_input, open_ours
 from lctrain.convert.function import differences
 from lctrain.convert.mapping import Translated, WeightMap

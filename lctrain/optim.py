@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from lctrain.config.schema import OptimConfig
+from lctrain.config.optim import OptimConfig
 from lctrain.models.parallel import ModelParallel
 from lctrain.models.place import parameter_places
 

@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 
 from lctrain.config.mamba import MambaConfig
-from lctrain.config.schema import AttentionConfig, MlpConfig, ModelConfig, OptimConfig, ScheduleConfig
+from lctrain.config.model import AttentionConfig, MlpConfig, ModelConfig
+from lctrain.config.optim import OptimConfig, ScheduleConfig
 from lctrain.models.init import initialise
 from lctrain.models.model import LanguageModel
 from lctrain.optim import learning_rate, make_adamw

@@ -132,8 +132,8 @@ def _measure(config: ConvertBenchConfig, folder: Path, child: Child) -> list[dic
 
 
 def _model(family: str, layers: int) -> Any:
+    from lctrain.config.model import AttentionConfig, MlpConfig, ModelConfig
     from lctrain.config.moe import MoeConfig
-    from lctrain.config.schema import AttentionConfig, MlpConfig, ModelConfig
 
     pattern = f"(*{'E' if family == 'mixtral' else '-'}){{{layers}}}"
     attention = AttentionConfig(n_heads=16, n_kv_heads=4, head_dim=128)

@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from lctrain.bench.documents import document_borders
 from lctrain.bench.memory import forget_peak, peak_resident_mib, resident_mib
 from lctrain.config.bench_moe import MoeBenchConfig
+from lctrain.config.model import MlpConfig, ModelConfig
 from lctrain.config.moe import BalanceConfig, MoeConfig
-from lctrain.config.schema import MlpConfig, ModelConfig
 from lctrain.devices import DTYPES
 from lctrain.models.mlp import Mlp
 from lctrain.models.moe.moe import MixtureOfExperts

@@ -35,7 +35,10 @@ def introduce_machine() -> dict[str, Any]:
 
 
 def store(
-    config: BenchConfig | PeersBenchConfig | CheckpointBenchConfig, benchmark: str, machine: dict[str, Any], results: Sequence[dict[str, Any]]
+    config: BenchConfig | PeersBenchConfig | CheckpointBenchConfig,
+    benchmark: str,
+    machine: dict[str, Any],
+    results: Sequence[dict[str, Any]],
 ) -> None:
     """Write settings, machine and results as JSON if the user wants them."""
     if config.output is None:

@@ -13,7 +13,7 @@ from lctrain.bench.documents import document_borders
 from lctrain.bench.memory import forget_peak, peak_resident_mib, resident_mib
 from lctrain.config.bench_ssd import SsdBenchConfig
 from lctrain.config.mamba import MambaConfig
-from lctrain.config.schema import ModelConfig
+from lctrain.config.model import ModelConfig
 from lctrain.devices import DTYPES, gemm_flops
 from lctrain.kernels.ssd import chunked, reference
 from lctrain.models.mamba import Mamba2

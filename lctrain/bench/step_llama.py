@@ -16,7 +16,7 @@ import torch
 from lctrain.bench.memory import peak_resident_mib, resident_mib
 from lctrain.bench.step_ours import Step, random_batch, train_config
 from lctrain.config.bench import StepBenchConfig
-from lctrain.config.schema import ModelConfig
+from lctrain.config.model import ModelConfig
 from lctrain.devices import DTYPES
 from lctrain.models.build import build_model
 from lctrain.models.init import initialise

@@ -8,7 +8,9 @@ from typing import Annotated, Literal, get_args
 
 from pydantic import Field, model_validator
 
-from lctrain.config.schema import LayoutKind, ModelConfig, NonNegative, Positive, Strategy, Strict
+from lctrain.config.model import ModelConfig
+from lctrain.config.schema import LayoutKind, Strategy
+from lctrain.config.strict import NonNegative, Positive, Strict
 
 PeerName = Literal["deepspeed", "alst", "torch_ring", "torch_all_gather", "zigzag_ring", "llama3", "yunchang", "token_ring"]
 Lengths = Annotated[tuple[Positive, ...], Field(min_length=1)]

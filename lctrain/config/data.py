@@ -6,7 +6,7 @@ from typing import Annotated
 
 from pydantic import Field
 
-from lctrain.config.schema import NonNegative, Positive, Strict
+from lctrain.config.strict import NonNegative, Positive, Strict
 
 
 class PrepareConfig(Strict):

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 from lctrain.models.pattern import parse_pattern, pipeline_cuts
 
 if TYPE_CHECKING:
-    from lctrain.config.schema import ModelConfig, TrainConfig
+    from lctrain.config.model import ModelConfig
+    from lctrain.config.schema import TrainConfig
 
 
 def check_model_parallel(config: TrainConfig, dp: int) -> None:

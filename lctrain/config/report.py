@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from lctrain.config.schema import NonEmpty, Strict
+from lctrain.config.schema import NonEmpty
+from lctrain.config.strict import Strict
 
 
 class ReportConfig(Strict):

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from lctrain.config.schema import Fraction, NonNegative, NonNegativeFloat, Positive, Strict
+from lctrain.config.strict import Fraction, NonNegative, NonNegativeFloat, Positive, Strict
 
 
 class SampleConfig(Strict):

@@ -12,13 +12,13 @@ from pydantic import Field, model_validator
 
 from lctrain.config.cluster import ClusterConfig
 from lctrain.config.deepspeed import check_deepspeed
-from lctrain.config.latent_attention import LatentAttentionConfig
 from lctrain.config.launcher import LauncherConfig
-from lctrain.config.mamba import LinearAttentionConfig, MambaConfig, check_layout
+from lctrain.config.mamba import check_layout
+from lctrain.config.model import ModelConfig
 from lctrain.config.model_parallel import check_model_parallel
-from lctrain.config.moe import MoeConfig, RoutedHeadsConfig
-from lctrain.config.rope import RopeConfig
+from lctrain.config.optim import OptimConfig
 from lctrain.config.strict import Fraction, NonNegative, NonNegativeFloat, Positive, PositiveFloat, Strict
+from lctrain.config.tracking import TrackingConfig
 
 if TYPE_CHECKING:
     from lctrain.parallel.mesh import ProcessMesh
@@ -28,109 +28,6 @@ LayoutKind = Literal["contiguous", "zigzag", "striped", "balanced"]
 Ring = Literal["ring", "bidirectional_ring", "double_ring", "token_ring", "all_gather"]
 Strategy = Literal["ring", "bidirectional_ring", "double_ring", "token_ring", "all_gather", "ulysses", "usp"]
 StrategyOrAuto = Literal["ring", "bidirectional_ring", "double_ring", "token_ring", "all_gather", "ulysses", "usp", "auto"]
-
-
-class AttentionConfig(Strict):
-    """Grouped-query attention, the symbols `*` (full) and `W` (sliding window)."""
-
-    n_heads: Positive = 4
-    """Query heads."""
-    n_kv_heads: Positive = 4
-    """Key/value heads; must divide n_heads. 1 is multi-query attention."""
-    head_dim: Positive | None = None
-    """Size of a head; null means d_model / n_heads."""
-    bias: bool = False
-    """Bias on the query, key and value projections."""
-    out_bias: bool = False
-    """Bias on the output projection."""
-    qk_norm: bool = False
-    """RMSNorm over each query and key head before rotation (Qwen3)."""
-    sinks: bool = False
-    """A learned score per head that takes part in the softmax and has no value (attention sinks, as in GPT-OSS)."""
-    window: Positive | None = None
-    """Tokens a `W` layer sees, the current one included; required if the pattern has a `W`."""
-    rotary: bool = True
-    """False: no position embedding, for models whose recurrent layers tell the order (NemotronH, Jamba)."""
-    rope: RopeConfig = RopeConfig()
-    """Rotary position embedding."""
-    routed_heads: RoutedHeadsConfig | None = None
-    """Mixture of heads in `*` and `W`: each token uses some of the query heads; null: all."""
-
-
-class MlpConfig(Strict):
-    """Feed-forward network, the symbol `-`."""
-
-    d_ff: Positive = 512
-    """Hidden width."""
-    activation: Literal["swiglu", "gelu", "relu2"] = "swiglu"
-    """swiglu has a gate (three matrices); gelu (tanh form) and relu2 (squared ReLU) have two."""
-    bias: bool = False
-    """Bias on all projections."""
-
-
-class ModelConfig(Strict):
-    """A model is a pattern string of residual sublayers, plus the settings of each symbol."""
-
-    name: str = "custom"
-    """Name of the preset, for people."""
-    pattern: str
-    """One symbol per sublayer: `*` attention, `W` windowed attention, `+` latent attention, `M` Mamba-2, `L` linear attention,
-    `-` MLP, `E` experts; repeats as in `(*-){12}`."""
-    d_model: Positive
-    """Width of the residual stream."""
-    vocab_size: Positive
-    """Rows of the embedding; token ids must lie below it."""
-    attention: AttentionConfig = AttentionConfig()
-    """Settings of `*` and `W`."""
-    mlp: MlpConfig = MlpConfig()
-    """Settings of `-`."""
-    latent_attention: LatentAttentionConfig = LatentAttentionConfig()
-    """Settings of `+`."""
-    mamba: MambaConfig = MambaConfig()
-    """Settings of `M`."""
-    linear_attention: LinearAttentionConfig = LinearAttentionConfig()
-    """Settings of `L`."""
-    moe: MoeConfig = MoeConfig()
-    """Settings of `E`."""
-    norm_eps: PositiveFloat = 1e-5
-    """Epsilon of every RMSNorm."""
-    tie_embeddings: bool = False
-    """Use the embedding matrix as the output projection too."""
-    init_std: PositiveFloat = 0.02
-    """Standard deviation of the initial weights; projections into the residual stream get it divided by sqrt(sublayers)."""
-
-    @model_validator(mode="after")
-    def _check(self) -> ModelConfig:
-        from lctrain.models.pattern import parse_pattern
-
-        symbols = {layer.symbol for layer in parse_pattern(self.pattern)}
-        attention = self.attention
-        if symbols & {"*", "W"}:
-            if attention.n_heads % attention.n_kv_heads:
-                raise ValueError(
-                    f"attention.n_heads={attention.n_heads} is not a multiple of attention.n_kv_heads={attention.n_kv_heads}"
-                )
-            if attention.head_dim is None and self.d_model % attention.n_heads:
-                raise ValueError(
-                    f"d_model={self.d_model} is not a multiple of attention.n_heads={attention.n_heads};"
-                    " set attention.head_dim or change one of them"
-                )
-            head_dim = attention.head_dim or self.d_model // attention.n_heads
-            if head_dim % 2:
-                raise ValueError(f"a head of size {head_dim} cannot be rotated: rotary embedding needs an even head_dim")
-        heads = attention.routed_heads
-        if heads is not None and heads.shared + heads.top_k > attention.n_heads:
-            raise ValueError(
-                f"attention.routed_heads: shared={heads.shared} and top_k={heads.top_k} heads are more than"
-                f" attention.n_heads={attention.n_heads}"
-            )
-        if "M" in symbols:
-            self.mamba.check_model(self.d_model)
-        if "L" in symbols:
-            self.linear_attention.check_model(self.d_model)
-        if "W" in symbols and attention.window is None:
-            raise ValueError(f"pattern {self.pattern!r} has a W sublayer: set attention.window (tokens)")
-        return self
 
 
 class CorpusConfig(Strict):
@@ -238,38 +135,6 @@ class EngineConfig(Strict):
     """layer: keep only each sublayer's input and recompute the rest in backward."""
 
 
-class ScheduleConfig(Strict):
-    """Learning rate over the run."""
-
-    kind: Literal["cosine", "linear", "wsd", "constant"] = "cosine"
-    """Shape after warm-up; wsd stays flat, then falls linearly over decay_fraction of the steps."""
-    warmup_steps: NonNegative = 0
-    """Steps of linear rise from 0 to lr."""
-    min_ratio: Fraction = 0.1
-    """Final learning rate as a fraction of lr."""
-    decay_fraction: Fraction = 0.2
-    """wsd: fraction of the steps, at the end, over which the rate falls."""
-
-
-class OptimConfig(Strict):
-    """AdamW; matrices decay, vectors (norms, biases) do not."""
-
-    lr: PositiveFloat = 1e-3
-    """Peak learning rate."""
-    beta1: Fraction = 0.9
-    """Decay of the first moment."""
-    beta2: Fraction = 0.95
-    """Decay of the second moment."""
-    eps: PositiveFloat = 1e-8
-    """Added to the root of the second moment."""
-    weight_decay: NonNegativeFloat = 0.1
-    """Decoupled weight decay of matrices."""
-    clip_norm: PositiveFloat | None = 1.0
-    """Global gradient norm above which gradients are scaled down; null: never."""
-    schedule: ScheduleConfig = ScheduleConfig()
-    """Learning rate over the run."""
-
-
 class StageConfig(Strict):
     """One stage of sequence-length warm-up."""
 
@@ -332,39 +197,6 @@ class CheckpointConfig(Strict):
     asynchronous: bool = False
     """Write checkpoints in the background: steps wait only for a copy to host memory, which needs room for the state once
     more."""
-
-
-class WandbConfig(Strict):
-    """Weights & Biases."""
-
-    mode: Literal["disabled", "offline", "online"] = "disabled"
-    """offline writes a run folder that `wandb sync` uploads later."""
-    project: str = "lctrain"
-    """Project name."""
-    entity: str | None = None
-    """Team or user."""
-    group: str | None = None
-    """Group of runs."""
-    tags: tuple[str, ...] = ()
-    """Tags."""
-    artifacts: Literal["none", "last", "all"] = "none"
-    """Checkpoints handed to wandb as versions of an artifact: the last one when the run ends, or each as it is saved."""
-
-
-class TrackingConfig(Strict):
-    """Where metrics go besides <run_dir>/metrics.jsonl."""
-
-    wandb: WandbConfig = WandbConfig()
-    """Weights & Biases."""
-    tensorboard: bool = False
-    """Write event files for TensorBoard under <run_dir>/tensorboard."""
-    plot: bool = True
-    """Draw <run_dir>/loss.png and report.html when the run ends, and experts.png if the model has mixtures."""
-    load_every: Positive = 10
-    """Steps between records of every single expert's load in metrics.jsonl (summaries per layer are in every step)."""
-    log_every: Positive = 1
-    """Steps between console lines, and between metrics that ranks exchange for them: loss by position, slowest rank, exposed
-    communication, memory by kind (all others are in every step's line of metrics.jsonl)."""
 
 
 class TrainConfig(Strict):

@@ -6,7 +6,8 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from lctrain.config.schema import LayoutKind, NonNegative, Positive, Strict
+from lctrain.config.schema import LayoutKind
+from lctrain.config.strict import NonNegative, Positive, Strict
 
 MaskName = Literal["causal", "full", "window", "documents", "documents_window", "sinks"]
 HeadsName = Literal["mha", "gqa", "mqa", "uneven"]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from lctrain.config.schema import NonEmpty, NonNegative, Positive, Strict
+from lctrain.config.schema import NonEmpty
+from lctrain.config.strict import NonNegative, Positive, Strict
 
 
 class StatusConfig(Strict):

@@ -19,8 +19,8 @@ from torch import Tensor
 
 from lctrain.checkpoint.unpickle import load_torch
 from lctrain.config.convert import ConvertConfig
+from lctrain.config.model import ModelConfig
 from lctrain.config.render import from_yaml, to_yaml
-from lctrain.config.schema import ModelConfig
 from lctrain.convert.families import family_named
 from lctrain.convert.formats import Plan
 from lctrain.convert.huggingface import from_theirs

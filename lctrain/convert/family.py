@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from lctrain.config.decode import decode
-from lctrain.config.schema import ModelConfig
+from lctrain.config.model import ModelConfig
 from lctrain.convert.function import differences, symbols
 from lctrain.convert.keys import Keys
 from lctrain.convert.rules import Rule

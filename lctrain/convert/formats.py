@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from lctrain.config.convert import ConvertConfig
-from lctrain.config.schema import ModelConfig
+from lctrain.config.model import ModelConfig
 from lctrain.convert.huggingface import finish_config, hf_target, open_hf
 from lctrain.convert.keys import NAME
 from lctrain.convert.mapping import Translated, WeightMap

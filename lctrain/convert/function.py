@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from lctrain.config.model import ModelConfig
 from lctrain.config.rope import RopeConfig
-from lctrain.config.schema import ModelConfig
 from lctrain.models.pattern import parse_pattern
 
 TRAINING: dict[str, set[str]] = {

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lctrain.checkpoint.unpickle import load_torch
-from lctrain.config.schema import ModelConfig
+from lctrain.config.model import ModelConfig
 from lctrain.convert.families import family_for, family_named
 from lctrain.convert.family import Family
 from lctrain.convert.function import differences

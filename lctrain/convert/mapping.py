@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from lctrain.config.schema import ModelConfig
+from lctrain.config.model import ModelConfig
 from lctrain.convert.rules import Joined, Rule, Same, Stacked, same
 from lctrain.convert.stream import Info, Source
 from lctrain.errors import UserError

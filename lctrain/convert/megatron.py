@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from lctrain.config.convert import ConvertConfig
+from lctrain.config.model import ModelConfig
 from lctrain.config.render import from_yaml, to_yaml
-from lctrain.config.schema import ModelConfig
 from lctrain.convert import megatron_names as names
 from lctrain.convert.dcp import DcpFolder
 from lctrain.convert.dcp_writer import DcpWriter, Slot

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from lctrain.config.model import ModelConfig
 from lctrain.config.rope import RopeConfig
-from lctrain.config.schema import ModelConfig
 from lctrain.convert.function import function_of, symbols
 from lctrain.convert.rules import GroupedHeads, Joined, Reordered, Rule, joined, partial_rotation, rotated_pairs, same
 from lctrain.errors import UserError

@@ -15,8 +15,9 @@ from typing import Any, NamedTuple
 
 from lctrain.checkpoint.manifest import NAME as MANIFEST
 from lctrain.checkpoint.manifest import problems
+from lctrain.config.model import ModelConfig
 from lctrain.config.render import from_yaml, render
-from lctrain.config.schema import ModelConfig, TrainConfig
+from lctrain.config.schema import TrainConfig
 from lctrain.convert.dcp import DcpFolder
 from lctrain.convert.safetensors import SafetensorsFolder
 from lctrain.convert.stream import Source

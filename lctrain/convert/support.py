@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from lctrain.config.decode import decode
-from lctrain.config.schema import ModelConfig
+from lctrain.config.model import ModelConfig
 from lctrain.convert import megatron_names
 from lctrain.convert.family import Family, Tree, put
 from lctrain.errors import UserError

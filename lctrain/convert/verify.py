@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lctrain.config.schema import ModelConfig
+from lctrain.config.model import ModelConfig
 from lctrain.convert.stream import Source
 from lctrain.models.model import LanguageModel
 from lctrain.parallel.group import RankGroup

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from lctrain.config.schema import ModelConfig
+from lctrain.config.model import ModelConfig
 from lctrain.models.pattern import parse_pattern, pipeline_cuts
 
 

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lctrain.config.latent_attention import LatentAttentionConfig
-from lctrain.config.schema import ModelConfig
+from lctrain.config.model import ModelConfig
 from lctrain.kernels.attention import fused
 from lctrain.kernels.attention.band import Band
 from lctrain.kernels.rotary.fused import rotate

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lctrain.config.schema import ModelConfig
+from lctrain.config.model import ModelConfig
 from lctrain.kernels.gated_norm.fused import rms_norm_then_gate
 from lctrain.kernels.ssd.library import best_ssd
 from lctrain.models.parallel import ModelParallel

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lctrain.config.schema import ModelConfig
+from lctrain.config.model import ModelConfig
 from lctrain.kernels.causal_conv.fused import causal_conv
 from lctrain.kernels.gated_norm.fused import gated_rms_norm
 from lctrain.kernels.ssd.library import best_ssd

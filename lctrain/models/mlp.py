@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lctrain.config.schema import ModelConfig
+from lctrain.config.model import ModelConfig
 from lctrain.kernels.swiglu.fused import swiglu_linear
 from lctrain.models.parallel import ModelParallel
 from lctrain.models.tensor_parallel import column_linear, gather_tokens, row_linear

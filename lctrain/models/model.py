@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from lctrain.config.schema import ModelConfig
+from lctrain.config.model import ModelConfig
 from lctrain.models.layers import RMSNorm
 from lctrain.models.loss import linear_cross_entropy
 from lctrain.models.parallel import ModelParallel

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from lctrain.config.schema import ModelConfig, TrainConfig
+from lctrain.config.model import ModelConfig
+from lctrain.config.schema import TrainConfig
 from lctrain.models.cuts import stage_layers
 from lctrain.models.model import LanguageModel
 from lctrain.models.parallel import ModelParallel

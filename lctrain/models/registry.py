@@ -7,7 +7,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from lctrain.config.schema import ModelConfig
+from lctrain.config.model import ModelConfig
 from lctrain.models.attention import Attention
 from lctrain.models.latent_attention import LatentAttention
 from lctrain.models.linear_attention import LinearAttention

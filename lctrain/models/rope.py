@@ -10,7 +10,7 @@ import math
 import torch
 from torch import Tensor
 
-from lctrain.config.schema import RopeConfig
+from lctrain.config.rope import RopeConfig
 
 
 def inverse_frequencies(config: RopeConfig, head_dim: int) -> tuple[Tensor, float]:

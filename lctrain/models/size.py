@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import torch
 
-from lctrain.config.schema import ModelConfig
+from lctrain.config.model import ModelConfig
 from lctrain.models.model import LanguageModel
 from lctrain.models.place import Family, parameter_places
 

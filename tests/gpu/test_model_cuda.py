@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from lctrain.config.schema import AttentionConfig, MlpConfig, ModelConfig
+from lctrain.config.model import AttentionConfig, MlpConfig, ModelConfig
 from lctrain.models.init import initialise
 from lctrain.models.model import LanguageModel
 from lctrain.parallel.group import RankGroup

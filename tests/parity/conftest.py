@@ -13,19 +13,10 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from lctrain.config.schema import (
-    AttentionConfig,
-    CorpusConfig,
-    DataConfig,
-    EngineConfig,
-    LauncherConfig,
-    MlpConfig,
-    ModelConfig,
-    OptimConfig,
-    ParallelConfig,
-    TrainConfig,
-    TrainerConfig,
-)
+from lctrain.config.launcher import LauncherConfig
+from lctrain.config.model import AttentionConfig, MlpConfig, ModelConfig
+from lctrain.config.optim import OptimConfig
+from lctrain.config.schema import CorpusConfig, DataConfig, EngineConfig, ParallelConfig, TrainConfig, TrainerConfig
 from lctrain.data.batch import DocumentSpan, MicroBatch, StepBatch
 from lctrain.engines import torch_engine
 from lctrain.engines.base import StepResult, train_step

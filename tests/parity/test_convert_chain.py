@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from lctrain.config.convert import ConvertConfig
+from lctrain.config.model import AttentionConfig, MlpConfig, ModelConfig
 from lctrain.config.moe import BalanceConfig, MoeConfig, RouterConfig
-from lctrain.config.schema import AttentionConfig, MlpConfig, ModelConfig
 from lctrain.convert.families import FAMILIES, family_for
 from lctrain.convert.listing import families_table
 from lctrain.convert.mapping import our_infos

@@ -15,8 +15,8 @@ import torch
 from torch import nn
 
 from lctrain.config.convert import ConvertConfig
+from lctrain.config.model import AttentionConfig, MlpConfig, ModelConfig
 from lctrain.config.moe import BalanceConfig, MoeConfig
-from lctrain.config.schema import AttentionConfig, MlpConfig, ModelConfig
 from lctrain.convert.mapping import our_infos
 from lctrain.convert.native import open_native, write_model
 from lctrain.convert.run import convert

@@ -31,9 +31,9 @@ from megatron.core.transformer.moe import moe_utils
 from lctrain.adapters.megatron_cpu import megatron_on_cpu
 from lctrain.config.convert import ConvertConfig
 from lctrain.config.latent_attention import LatentAttentionConfig
+from lctrain.config.model import AttentionConfig, MlpConfig, ModelConfig
 from lctrain.config.moe import BalanceConfig, MoeConfig, RouterConfig
 from lctrain.config.rope import RopeConfig
-from lctrain.config.schema import AttentionConfig, MlpConfig, ModelConfig
 from lctrain.convert.mapping import our_infos
 from lctrain.convert.native import open_native, write_model
 from lctrain.convert.run import convert

@@ -40,8 +40,8 @@ from megatron.core.transformer.transformer_layer import TransformerLayer, Transf
 from lctrain.adapters.megatron_cpu import megatron_on_cpu
 from lctrain.config.convert import ConvertConfig
 from lctrain.config.mamba import MambaConfig
+from lctrain.config.model import AttentionConfig, MlpConfig, ModelConfig
 from lctrain.config.rope import RopeConfig
-from lctrain.config.schema import AttentionConfig, MlpConfig, ModelConfig
 from lctrain.convert.mapping import our_infos
 from lctrain.convert.native import open_native, write_model
 from lctrain.convert.run import convert

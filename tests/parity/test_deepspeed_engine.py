@@ -13,23 +13,12 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from lctrain.checkpoint.store import CheckpointStore
-from lctrain.config.moe import BalanceConfig
-from lctrain.config.schema import (
-    AttentionConfig,
-    CorpusConfig,
-    DataConfig,
-    EngineConfig,
-    LauncherConfig,
-    LinearAttentionConfig,
-    MambaConfig,
-    MlpConfig,
-    ModelConfig,
-    MoeConfig,
-    OptimConfig,
-    ParallelConfig,
-    TrainConfig,
-    TrainerConfig,
-)
+from lctrain.config.launcher import LauncherConfig
+from lctrain.config.mamba import LinearAttentionConfig, MambaConfig
+from lctrain.config.model import AttentionConfig, MlpConfig, ModelConfig
+from lctrain.config.moe import BalanceConfig, MoeConfig
+from lctrain.config.optim import OptimConfig
+from lctrain.config.schema import CorpusConfig, DataConfig, EngineConfig, ParallelConfig, TrainConfig, TrainerConfig
 from lctrain.engines.base import Engine, StepResult, train_step
 from lctrain.engines.deepspeed.start import import_deepspeed
 from lctrain.engines.make import make_engine

@@ -7,8 +7,8 @@ import torch
 import torch.distributed as dist
 
 from lctrain.config.latent_attention import LatentAttentionConfig
+from lctrain.config.model import ModelConfig
 from lctrain.config.rope import RopeConfig
-from lctrain.config.schema import ModelConfig
 from lctrain.launch.ranks import run_ranks
 from lctrain.models.latent_attention import LatentAttention, travel_bytes
 from lctrain.models.parallel import ModelParallel

@@ -12,24 +12,13 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from lctrain.checkpoint.store import CheckpointStore
-from lctrain.config.moe import BalanceConfig
-from lctrain.config.schema import (
-    AttentionConfig,
-    CorpusConfig,
-    DataConfig,
-    EngineConfig,
-    LatentAttentionConfig,
-    LauncherConfig,
-    LinearAttentionConfig,
-    MambaConfig,
-    MlpConfig,
-    ModelConfig,
-    MoeConfig,
-    OptimConfig,
-    ParallelConfig,
-    TrainConfig,
-    TrainerConfig,
-)
+from lctrain.config.latent_attention import LatentAttentionConfig
+from lctrain.config.launcher import LauncherConfig
+from lctrain.config.mamba import LinearAttentionConfig, MambaConfig
+from lctrain.config.model import AttentionConfig, MlpConfig, ModelConfig
+from lctrain.config.moe import BalanceConfig, MoeConfig
+from lctrain.config.optim import OptimConfig
+from lctrain.config.schema import CorpusConfig, DataConfig, EngineConfig, ParallelConfig, TrainConfig, TrainerConfig
 from lctrain.data.batch import StepBatch
 from lctrain.engines.base import Engine, StepResult, train_step
 from lctrain.engines.make import make_engine

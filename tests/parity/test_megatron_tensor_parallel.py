@@ -4,7 +4,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from lctrain.config.schema import AttentionConfig, MlpConfig, ModelConfig, RoutedHeadsConfig
+from lctrain.config.model import AttentionConfig, MlpConfig, ModelConfig
+from lctrain.config.moe import RoutedHeadsConfig
 from lctrain.launch.ranks import run_ranks
 from lctrain.models.init import initialise
 from lctrain.models.model import LanguageModel

@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 
 from lctrain.config.mamba import LinearAttentionConfig, MambaConfig
-from lctrain.config.schema import ModelConfig
+from lctrain.config.model import ModelConfig
 from lctrain.kernels.causal_conv.fused import causal_conv
 from lctrain.kernels.ssd import chunked
 from lctrain.launch.ranks import run_ranks

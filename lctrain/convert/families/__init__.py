@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 
-from lctrain.config.schema import ModelConfig
+from lctrain.config.model import ModelConfig
 from lctrain.convert.families import bamba, deepseek_v3, jamba, llama, mamba2, mistral, mixtral, nemotron_h, qwen, qwen3_moe
 from lctrain.convert.family import Family
 from lctrain.errors import UserError

@@ -6,8 +6,8 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+from lctrain.config.model import ModelConfig
 from lctrain.config.rope import RopeConfig
-from lctrain.config.schema import ModelConfig
 from lctrain.convert.family import Tree, put
 from lctrain.convert.function import symbols
 from lctrain.convert.keys import Keys

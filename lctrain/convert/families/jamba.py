@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from lctrain.config.schema import ModelConfig
+from lctrain.config.model import ModelConfig
 from lctrain.convert.families import common
 from lctrain.convert.family import Family, Tree, put
 from lctrain.convert.keys import Keys

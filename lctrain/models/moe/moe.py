@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lctrain.config.schema import MlpConfig, ModelConfig
+from lctrain.config.model import MlpConfig, ModelConfig
 from lctrain.kernels.permute.fused import combine, permutation, spread
 from lctrain.models.layers import Linear
 from lctrain.models.mlp import Mlp

@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lctrain.config.model import AttentionConfig, ModelConfig
 from lctrain.config.rope import RopeConfig
-from lctrain.config.schema import AttentionConfig, ModelConfig
 from lctrain.kernels.attention import reference
 from lctrain.models.attention import Attention
 from lctrain.models.layers import RMSNorm

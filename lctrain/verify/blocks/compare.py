@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Mapping
 import torch
 from torch import Tensor, nn
 
-from lctrain.config.schema import ModelConfig
+from lctrain.config.model import ModelConfig
 from lctrain.models.parallel import ModelParallel
 from lctrain.models.pattern import parse_pattern
 from lctrain.models.registry import build_mixer

@@ -8,8 +8,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from lctrain.config.model import AttentionConfig, ModelConfig
 from lctrain.config.moe import RoutedHeadsConfig
-from lctrain.config.schema import AttentionConfig, ModelConfig
 from lctrain.models.attention import Attention
 from lctrain.verify.blocks.attention import by_formula
 from lctrain.verify.blocks.compare import Case, Errors, against_oracle, decoding, packing, random_mixer

@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lctrain.config.latent_attention import LatentAttentionConfig
+from lctrain.config.model import ModelConfig
 from lctrain.config.rope import RopeConfig
-from lctrain.config.schema import ModelConfig
 from lctrain.models.latent_attention import LatentAttention
 from lctrain.models.rope import rotation, yarn_temperature
 from lctrain.parallel.mask import AttentionMask

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lctrain.config.mamba import LinearAttentionConfig
-from lctrain.config.schema import ModelConfig
+from lctrain.config.model import ModelConfig
 from lctrain.kernels.gated_norm import reference as norm_reference
 from lctrain.models.linear_attention import LinearAttention
 from lctrain.verify.blocks.compare import (

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lctrain.config.mamba import MambaConfig
-from lctrain.config.schema import ModelConfig
+from lctrain.config.model import ModelConfig
 from lctrain.kernels.causal_conv import reference as conv_reference
 from lctrain.kernels.gated_norm import reference as norm_reference
 from lctrain.kernels.ssd import reference as ssd_reference

@@ -8,7 +8,7 @@ from functools import partial
 import torch.nn.functional as F
 from torch import Tensor
 
-from lctrain.config.schema import MlpConfig, ModelConfig
+from lctrain.config.model import MlpConfig, ModelConfig
 from lctrain.models.mlp import Mlp
 from lctrain.verify.blocks.compare import Case, Errors, against_oracle, decoding, packing, random_mixer
 

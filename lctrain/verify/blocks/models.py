@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from lctrain.config.latent_attention import LatentAttentionConfig
 from lctrain.config.mamba import MambaConfig
+from lctrain.config.model import AttentionConfig, MlpConfig, ModelConfig
 from lctrain.config.moe import BalanceConfig, MoeConfig, RouterConfig
 from lctrain.config.rope import RopeConfig
-from lctrain.config.schema import AttentionConfig, MlpConfig, ModelConfig
 from lctrain.models.mamba import Mamba2
 from lctrain.models.model import LanguageModel
 from lctrain.models.moe.moe import MixtureOfExperts

@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lctrain.config.model import ModelConfig
 from lctrain.config.moe import BalanceConfig, MoeConfig, RouterConfig
-from lctrain.config.schema import ModelConfig
 from lctrain.models.moe.moe import MixtureOfExperts
 from lctrain.verify.blocks import mlp
 from lctrain.verify.blocks.compare import (

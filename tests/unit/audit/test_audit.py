@@ -8,16 +8,8 @@ import pytest
 from lctrain.audit.check import audit
 from lctrain.audit.history import note_discarded, read_history
 from lctrain.commands.audit import main
-from lctrain.config.schema import (
-    AttentionConfig,
-    CorpusConfig,
-    DataConfig,
-    MlpConfig,
-    ModelConfig,
-    StageConfig,
-    TrainConfig,
-    TrainerConfig,
-)
+from lctrain.config.model import AttentionConfig, MlpConfig, ModelConfig
+from lctrain.config.schema import CorpusConfig, DataConfig, StageConfig, TrainConfig, TrainerConfig
 from lctrain.data.digest import step_digest, step_documents
 from lctrain.data.indexed import IndexedWriter
 from lctrain.data.samples import SampleSource

@@ -7,7 +7,8 @@ import pytest
 from lctrain.bench.step_llama import Llama, why_no_twin
 from lctrain.bench.step_ours import Ours
 from lctrain.config.bench import StepBenchConfig
-from lctrain.config.schema import AttentionConfig, MlpConfig, ModelConfig, RopeConfig
+from lctrain.config.model import AttentionConfig, MlpConfig, ModelConfig
+from lctrain.config.rope import RopeConfig
 
 
 def model(pattern="(*-){2}", attention=None, mlp=None, **settings):

@@ -8,8 +8,9 @@ import time
 import pytest
 
 from lctrain.commands import logs, status, stop
+from lctrain.config.model import ModelConfig
 from lctrain.config.render import to_yaml
-from lctrain.config.schema import CorpusConfig, DataConfig, ModelConfig, TrainConfig, TrainerConfig
+from lctrain.config.schema import CorpusConfig, DataConfig, TrainConfig, TrainerConfig
 from lctrain.errors import UserError
 from lctrain.launch.run_state import _duration
 from lctrain.launch.signals import StopRequest

@@ -12,7 +12,8 @@ from omegaconf import OmegaConf
 from lctrain import cli
 from lctrain.config.load import load
 from lctrain.config.overrides import assignment, split
-from lctrain.config.schema import CorpusConfig, Positive, Strict, TrainConfig
+from lctrain.config.schema import CorpusConfig, TrainConfig
+from lctrain.config.strict import Positive, Strict
 from lctrain.errors import UserError
 
 

@@ -2,20 +2,11 @@
 
 import pytest
 
-from lctrain.config.schema import (
-    AttentionConfig,
-    CorpusConfig,
-    DataConfig,
-    EngineConfig,
-    LatentAttentionConfig,
-    LauncherConfig,
-    MambaConfig,
-    MlpConfig,
-    ModelConfig,
-    ParallelConfig,
-    TrainConfig,
-    TrainerConfig,
-)
+from lctrain.config.latent_attention import LatentAttentionConfig
+from lctrain.config.launcher import LauncherConfig
+from lctrain.config.mamba import MambaConfig
+from lctrain.config.model import AttentionConfig, MlpConfig, ModelConfig
+from lctrain.config.schema import CorpusConfig, DataConfig, EngineConfig, ParallelConfig, TrainConfig, TrainerConfig
 
 
 def config(

@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 
 from lctrain.config.load import load
 from lctrain.config.render import COMMENT_COLUMN, describe, from_yaml, render, to_yaml
-from lctrain.config.schema import CorpusConfig, DataConfig, Strict, TrainConfig
+from lctrain.config.schema import CorpusConfig, DataConfig, TrainConfig
+from lctrain.config.strict import Strict
 from lctrain.errors import UserError
 
 

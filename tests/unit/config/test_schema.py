@@ -8,7 +8,8 @@ from lctrain.config import schema as module
 from lctrain.config.compose import Library
 from lctrain.config.load import load
 from lctrain.config.roots import ROOTS, schema_of
-from lctrain.config.schema import Strict, TrainConfig
+from lctrain.config.schema import TrainConfig
+from lctrain.config.strict import Strict
 
 SECTIONS = [
     item for item in vars(module).values() if isinstance(item, type) and issubclass(item, Strict) and item is not Strict

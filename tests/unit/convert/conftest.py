@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from lctrain.config.convert import ConvertConfig
-from lctrain.config.schema import AttentionConfig, MlpConfig, ModelConfig
+from lctrain.config.model import AttentionConfig, MlpConfig, ModelConfig
 from lctrain.convert.mapping import our_infos
 from lctrain.convert.native import write_model
 from lctrain.convert.run import convert

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
-from lctrain.config.schema import AttentionConfig, ModelConfig, OptimConfig, ScheduleConfig
+from lctrain.config.model import AttentionConfig, ModelConfig
+from lctrain.config.optim import OptimConfig, ScheduleConfig
 from lctrain.launch.ranks import run_ranks
 from lctrain.models.model import LanguageModel
 from lctrain.models.parallel import ModelParallel

@@ -5,16 +5,9 @@ import math
 import pytest
 import torch
 
-from lctrain.config.schema import (
-    CorpusConfig,
-    DataConfig,
-    EngineConfig,
-    LauncherConfig,
-    ModelConfig,
-    ParallelConfig,
-    TrainConfig,
-    TrainerConfig,
-)
+from lctrain.config.launcher import LauncherConfig
+from lctrain.config.model import ModelConfig
+from lctrain.config.schema import CorpusConfig, DataConfig, EngineConfig, ParallelConfig, TrainConfig, TrainerConfig
 from lctrain.data.batch import MicroBatch, StepBatch
 from lctrain.engines.base import train_step
 from lctrain.engines.torch_engine import TorchEngine

@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from lctrain.config.schema import CorpusConfig, DataConfig, LauncherConfig, ModelConfig, TrainConfig, TrainerConfig
+from lctrain.config.launcher import LauncherConfig
+from lctrain.config.model import ModelConfig
+from lctrain.config.schema import CorpusConfig, DataConfig, TrainConfig, TrainerConfig
 from lctrain.launch.signals import STOP_SIGNALS
 
 

@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from lctrain import environment
-from lctrain.config.schema import OptimConfig
+from lctrain.config.optim import OptimConfig
 from lctrain.environment import describe_environment, git_diff
 from lctrain.errors import UserError
 from lctrain.run_dir import RunDir, command_line, config_changes

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from lctrain.config.launcher import ContainerConfig, LauncherConfig, SlurmConfig, limit_s
-from lctrain.config.schema import CorpusConfig, DataConfig, EngineConfig, ModelConfig, TrainConfig, TrainerConfig
+from lctrain.config.model import ModelConfig
+from lctrain.config.schema import CorpusConfig, DataConfig, EngineConfig, TrainConfig, TrainerConfig
 from lctrain.launch.slurm_script import Job, render_script, sbatch_value
 
 ODD = "/data/my runs/100% 'a' \"b\" $HOME `id` #x \\ é"

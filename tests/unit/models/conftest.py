@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import pytest
 import torch
 
-from lctrain.config.schema import AttentionConfig, MlpConfig, ModelConfig
+from lctrain.config.model import AttentionConfig, MlpConfig, ModelConfig
 from lctrain.models.init import initialise
 from lctrain.models.model import LanguageModel
 from lctrain.parallel.group import RankGroup

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lctrain.config.schema import ModelConfig
+from lctrain.config.model import ModelConfig
 from lctrain.models.cuts import stage_layers
 from lctrain.models.pattern import parse_pattern, pipeline_cuts
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lctrain.config.schema import AttentionConfig, MlpConfig, ModelConfig
+from lctrain.config.model import AttentionConfig, MlpConfig, ModelConfig
 from lctrain.launch.ranks import run_ranks
 from lctrain.models.init import initialise
 from lctrain.models.model import LanguageModel

@@ -8,7 +8,7 @@ from pydantic import ValidationError
 from torch.utils.flop_counter import FlopCounterMode
 
 from lctrain.config.latent_attention import LatentAttentionConfig
-from lctrain.config.schema import ModelConfig
+from lctrain.config.model import ModelConfig
 from lctrain.models.latent_attention import LatentAttention
 from lctrain.models.parallel import ModelParallel
 from lctrain.parallel.mask import AttentionMask

@@ -9,7 +9,7 @@ import pytest
 
 import lctrain
 from lctrain.config.load import load
-from lctrain.config.schema import ModelConfig
+from lctrain.config.model import ModelConfig
 from lctrain.config.strict import Strict
 from lctrain.models.pattern import parse_pattern
 from lctrain.models.size import model_size

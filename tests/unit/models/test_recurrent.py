@@ -9,7 +9,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from lctrain.config.mamba import LinearAttentionConfig, MambaConfig, check_layout
-from lctrain.config.schema import ModelConfig
+from lctrain.config.model import ModelConfig
 from lctrain.models.init import initialise
 from lctrain.models.linear_attention import LinearAttention
 from lctrain.models.model import LanguageModel

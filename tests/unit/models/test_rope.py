@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from lctrain.config.schema import RopeConfig
+from lctrain.config.rope import RopeConfig
 from lctrain.kernels.rotary.fused import rotate
 from lctrain.models.rope import inverse_frequencies, rotation
 

@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lctrain.config.model import ModelConfig
 from lctrain.config.moe import BalanceConfig, MoeConfig, RouterConfig
-from lctrain.config.schema import ModelConfig
 from lctrain.models.moe.moe import MixtureOfExperts
 from lctrain.models.parallel import ModelParallel
 from lctrain.parallel.group import RankGroup

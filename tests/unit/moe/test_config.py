@@ -3,16 +3,10 @@
 import pytest
 from pydantic import ValidationError
 
+from lctrain.config.launcher import LauncherConfig
+from lctrain.config.model import AttentionConfig, ModelConfig
 from lctrain.config.moe import MoeConfig, RoutedHeadsConfig, RouterConfig
-from lctrain.config.schema import (
-    AttentionConfig,
-    CorpusConfig,
-    DataConfig,
-    LauncherConfig,
-    ModelConfig,
-    ParallelConfig,
-    TrainConfig,
-)
+from lctrain.config.schema import CorpusConfig, DataConfig, ParallelConfig, TrainConfig
 
 
 def test_expert_choice_is_refused_with_the_reason() -> None:

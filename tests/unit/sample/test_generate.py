@@ -3,8 +3,8 @@
 import pytest
 import torch
 
+from lctrain.config.model import AttentionConfig, ModelConfig
 from lctrain.config.moe import MoeConfig, RouterConfig
-from lctrain.config.schema import AttentionConfig, ModelConfig
 from lctrain.errors import UserError
 from lctrain.models.init import initialise
 from lctrain.models.model import LanguageModel

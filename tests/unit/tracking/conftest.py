@@ -2,7 +2,9 @@
 
 import pytest
 
-from lctrain.config.schema import CorpusConfig, DataConfig, ModelConfig, TrackingConfig, TrainConfig, WandbConfig
+from lctrain.config.model import ModelConfig
+from lctrain.config.schema import CorpusConfig, DataConfig, TrainConfig
+from lctrain.config.tracking import TrackingConfig, WandbConfig
 from lctrain.run_dir import RunDir
 
 

@@ -5,17 +5,10 @@ import time
 import pytest
 import torch
 
-from lctrain.config.schema import (
-    CorpusConfig,
-    DataConfig,
-    EngineConfig,
-    LauncherConfig,
-    ModelConfig,
-    ParallelConfig,
-    TrackingConfig,
-    TrainConfig,
-    TrainerConfig,
-)
+from lctrain.config.launcher import LauncherConfig
+from lctrain.config.model import ModelConfig
+from lctrain.config.schema import CorpusConfig, DataConfig, EngineConfig, ParallelConfig, TrainConfig, TrainerConfig
+from lctrain.config.tracking import TrackingConfig
 from lctrain.data.batch import MicroBatch, StepBatch
 from lctrain.engines.base import train_step
 from lctrain.engines.torch_engine import TorchEngine

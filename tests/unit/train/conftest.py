@@ -3,19 +3,10 @@
 import numpy as np
 import pytest
 
-from lctrain.config.schema import (
-    AttentionConfig,
-    CheckpointConfig,
-    CorpusConfig,
-    DataConfig,
-    LauncherConfig,
-    MlpConfig,
-    ModelConfig,
-    ParallelConfig,
-    TrackingConfig,
-    TrainConfig,
-    TrainerConfig,
-)
+from lctrain.config.launcher import LauncherConfig
+from lctrain.config.model import AttentionConfig, MlpConfig, ModelConfig
+from lctrain.config.schema import CheckpointConfig, CorpusConfig, DataConfig, ParallelConfig, TrainConfig, TrainerConfig
+from lctrain.config.tracking import TrackingConfig
 from lctrain.data.indexed import IndexedWriter
 from lctrain.data.sidecar import Sidecar
 
