@@ -17,7 +17,8 @@ _ALIGNMENT = 16
 
 _FEW_ROWS = 4
 """With fewer rows, CPU products in fp32 take other instructions and round otherwise: a token's result would depend on how many
-other tokens go to its expert, and through them on other documents. (Seen with MKL: from 4 rows on, every bit is the same.)"""
+other tokens go to its expert, and through them on other documents. (Seen with MKL on one thread: from 4 rows on, every bit is
+the same. Several threads share rows out, and the last bits then follow the number of rows all the same.)"""
 
 
 def rows_times(x: Tensor, matrices: Tensor, ends: Tensor) -> Tensor:
