@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from lctrain.config.model import ModelConfig
 from lctrain.kernels.causal_conv.fused import causal_conv
 from lctrain.kernels.gated_norm.fused import gated_rms_norm
-from lctrain.kernels.ssd.library import best_ssd
+from lctrain.kernels.ssd.best import best_ssd
 from lctrain.models.parallel import ModelParallel
 from lctrain.models.place import Family, Place
 from lctrain.models.recurrent import RecurrentState, document_starts, scan_flops

@@ -9,7 +9,7 @@ from lctrain.kernels.causal_conv import fused as conv
 from lctrain.kernels.causal_conv import reference as conv_reference
 from lctrain.kernels.gated_norm import fused as norm
 from lctrain.kernels.gated_norm import reference as norm_reference
-from lctrain.kernels.ssd import chunked, library, reference
+from lctrain.kernels.ssd import best, chunked, reference
 
 ROWS, TOKENS, HEADS, SIZE, GROUPS, STATE = 2, 300, 4, 64, 2, 64
 needs_library = pytest.mark.skipif(importlib.util.find_spec("mamba_ssm") is None, reason="needs mamba_ssm")
@@ -31,9 +31,9 @@ def compare(fast, formula, inputs, allowed):
 
 
 @pytest.mark.parametrize(("dtype", "allowed"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
-@pytest.mark.parametrize("scan", [chunked.ssd, pytest.param(library.mamba_ssm, marks=needs_library)])
+@pytest.mark.parametrize("scan", [chunked.ssd, pytest.param(best.mamba_ssm, marks=needs_library)])
 def test_scan(scan, dtype, allowed):
-    if scan is library.mamba_ssm and dtype == torch.float32:
+    if scan is best.mamba_ssm and dtype == torch.float32:
         allowed = 1e-2  # its products run in TF32
     resets = torch.zeros(ROWS, TOKENS, dtype=torch.bool, device="cuda")
     resets[0, [0, 50, 51, 200]] = True

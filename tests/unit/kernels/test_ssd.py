@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lctrain.kernels.ssd import chunked, library, panels, reference
+from lctrain.kernels.ssd import best, chunked, panels, reference
 from lctrain.kernels.ssd.merge import Summary, exclusive, merge
 
 NAMES = ("x", "dt", "A", "B", "C", "D", "initial_state")
@@ -219,10 +219,10 @@ def test_call_of_mamba_ssm(monkeypatch):
     for dt in (True, False):
         inputs = problem(2, 30, 4, 3, 2, 5, resets=0.2, dt=dt)
         arguments = [inputs[name] for name in NAMES]
-        found = library.mamba_ssm(*arguments, inputs["resets"], chunk=8)
+        found = best.mamba_ssm(*arguments, inputs["resets"], chunk=8)
         for one, two in zip(found, chunked.ssd(*arguments, inputs["resets"], chunk=8), strict=True):
             torch.testing.assert_close(one, two, atol=1e-12, rtol=1e-12)
 
 
 def test_torch_form_runs_on_cpu():
-    assert not library.library_fits(torch.zeros(1, 4, 1, 1), None, 128)
+    assert not best.library_fits(torch.zeros(1, 4, 1, 1), None, 128)

@@ -50,7 +50,7 @@ def test_plain():
         "--job-name=run",
         "--nodes=2",
         "--ntasks-per-node=4",
-        "--output=/work/run/log/slurm-%j.out",
+        "--output=/data/run/log/slurm-%j.out",
         "--open-mode=append",
         "--signal=B:USR1@120",
         "--requeue",
@@ -94,7 +94,7 @@ def test_all_options():
         "--qos=high",
         '--constraint="[a100&ib|h100]"',
         "--exclude=node[1-3,7]",
-        "--output=/work/run/log/slurm-%j.out",
+        "--output=/data/run/log/slurm-%j.out",
         "--open-mode=append",
         "--signal=B:USR1@300",
         "--requeue",
@@ -125,8 +125,8 @@ def test_chains_are_not_requeued():
 
 
 def test_array():
-    text = script(runs=["/work/run/0", "/work/run/1", "/work/run/2"])
-    assert {"--array=0-2", "--output=/work/run/log/slurm-%A_%a.out"} <= set(directives(text))
+    text = script(runs=["/data/run/0", "/data/run/1", "/data/run/2"])
+    assert {"--array=0-2", "--output=/data/run/log/slurm-%A_%a.out"} <= set(directives(text))
     assert 'run=$(sed -n "$((SLURM_ARRAY_TASK_ID + 1))p" "$kept/runs")' in text
     assert "config=$kept/config-$SLURM_ARRAY_TASK_ID.yaml" in text
 
