@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from lctrain.kernels.causal_conv.fused import causal_conv
-from lctrain.kernels.ssd.chunked import CHUNK
 from lctrain.kernels.ssd.best import best_ssd
+from lctrain.kernels.ssd.chunked import CHUNK
 from lctrain.kernels.ssd.merge import Summary, exclusive
 from lctrain.parallel.group import RankGroup
 from lctrain.parallel.halo import fetch_halos, transfers

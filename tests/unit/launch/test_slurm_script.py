@@ -14,7 +14,7 @@ from lctrain.launch.slurm_script import Job, render_script, sbatch_value
 ODD = "/data/my runs/100% 'a' \"b\" $HOME `id` #x \\ é"
 
 
-def script(slurm=None, runs=(), folder="/work", device="auto", **launcher) -> str:
+def script(slurm=None, runs=(), folder="/home/me", device="auto", **launcher) -> str:
     settings = LauncherConfig(kind="slurm", slurm=SlurmConfig(**(slurm or {})), **launcher)
     config = TrainConfig(
         run_dir="run",
@@ -50,7 +50,7 @@ def test_plain():
         "--job-name=run",
         "--nodes=2",
         "--ntasks-per-node=4",
-        "--output=/data/run/log/slurm-%j.out",
+        "--output=/home/me/run/log/slurm-%j.out",
         "--open-mode=append",
         "--signal=B:USR1@120",
         "--requeue",
@@ -94,7 +94,7 @@ def test_all_options():
         "--qos=high",
         '--constraint="[a100&ib|h100]"',
         "--exclude=node[1-3,7]",
-        "--output=/data/run/log/slurm-%j.out",
+        "--output=/home/me/run/log/slurm-%j.out",
         "--open-mode=append",
         "--signal=B:USR1@300",
         "--requeue",
@@ -125,8 +125,8 @@ def test_chains_are_not_requeued():
 
 
 def test_array():
-    text = script(runs=["/data/run/0", "/data/run/1", "/data/run/2"])
-    assert {"--array=0-2", "--output=/data/run/log/slurm-%A_%a.out"} <= set(directives(text))
+    text = script(runs=["/home/me/run/0", "/home/me/run/1", "/home/me/run/2"])
+    assert {"--array=0-2", "--output=/home/me/run/log/slurm-%A_%a.out"} <= set(directives(text))
     assert 'run=$(sed -n "$((SLURM_ARRAY_TASK_ID + 1))p" "$kept/runs")' in text
     assert "config=$kept/config-$SLURM_ARRAY_TASK_ID.yaml" in text
 
@@ -154,8 +154,8 @@ def test_pyxis():
         "srun",
         "--nodes=1",
         "--container-image=nvcr.io#nvidia/pytorch:25.01",
-        "--container-mounts=/work:/work,/data:/data",
-        "--container-workdir=/work",
+        "--container-mounts=/home/me:/home/me,/data:/data",
+        "--container-workdir=/home/me",
         "--container-writable",
     ]
     assert variable(text, "python") == "python3"
@@ -165,7 +165,7 @@ def test_apptainer():
     container = ContainerConfig(runtime="apptainer", image="my image.sif", flags=("--nv",))
     text = script({"container": container, "python": "/opt/python"})
     assert variable(text, "srun") == "srun --nodes=1"
-    assert variable(text, "python") == "apptainer exec --bind=/work:/work --pwd=/work --nv my image.sif /opt/python"
+    assert variable(text, "python") == "apptainer exec --bind=/home/me:/home/me --pwd=/home/me --nv my image.sif /opt/python"
 
 
 @pytest.mark.parametrize(
