@@ -33,12 +33,12 @@ def best_ssd(
     mamba_ssm's kernel knows entering and leaving states and documents, but not a relay between rows: with one (a sequence that
     is spread over ranks) the torch form runs on CUDA too.
     """
-    if library_fits(x, relay, chunk):
+    if mamba_ssm_fits(x, relay, chunk):
         return mamba_ssm(x, dt, A, B, C, D, initial_state, resets, chunk=chunk)
     return chunked.ssd(x, dt, A, B, C, D, initial_state, resets, chunk=chunk, relay=relay)
 
 
-def library_fits(x: Tensor, relay: Relay | None, chunk: int) -> bool:
+def mamba_ssm_fits(x: Tensor, relay: Relay | None, chunk: int) -> bool:
     """Whether mamba_ssm is installed and can do this."""
     power_of_two = chunk & (chunk - 1) == 0
     return x.is_cuda and x.shape[1] > 0 and relay is None and power_of_two and importlib.util.find_spec("mamba_ssm") is not None

@@ -225,4 +225,4 @@ def test_call_of_mamba_ssm(monkeypatch):
 
 
 def test_torch_form_runs_on_cpu():
-    assert not best.library_fits(torch.zeros(1, 4, 1, 1), None, 128)
+    assert not best.mamba_ssm_fits(torch.zeros(1, 4, 1, 1), None, 128)
