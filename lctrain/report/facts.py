@@ -36,10 +36,10 @@ def state(
 ) -> tuple[str, str]:
     """(in a word or two, class of its colour)."""
     done, total = records[-1]["step"] if records else 0, config.get("trainer", {}).get("steps")
+    if total and done >= total:  # also while the run draws this very page
+        return f"finished, {done} steps", "good"
     if running:
         return f"running, step {done} of {total}", ""
-    if total and done >= total:
-        return f"finished, {done} steps", "good"
     last: dict[str, Any] = next((event for event in reversed(events) if event.get("kind") in ("stop", "launch", "failure")), {})
     how = {"stop": f"stopped by {last.get('signal')}", "failure": "failed"}.get(str(last.get("kind")), "unfinished")
     return f"{how}, step {done} of {total or '?'}", "bad"
