@@ -21,7 +21,7 @@ from lctrain.console import progress, say, table
 from lctrain.errors import UserError
 from lctrain.whole_file import write_json
 
-CONVERSIONS = (("hf", "lctrain"), ("lctrain", "hf"), ("lctrain", "megatron"))
+CONVERSIONS = (("hf", "lctrain"), ("lctrain", "hf"), ("lctrain", "megatron"), ("megatron", "lctrain"))
 WIDTH, HIDDEN, VOCABULARY = 2048, 5632, 32000
 
 
@@ -100,7 +100,8 @@ def _measure(config: ConvertBenchConfig, folder: Path, child: Child) -> list[dic
     original = folder / "hf"
     size = child.call("make", str(original), config.gb, config.family, config.dtype)
     say(f"{config.family}, {config.dtype}, {size / 1e9:.2f} GB; median of {config.repeats}")
-    child.call("convert", str(original), str(folder / "lctrain"), "lctrain")  # imports, and the input of the others
+    child.call("convert", str(original), str(folder / "lctrain"), "lctrain")  # imports, and the inputs of the others
+    child.call("convert", str(folder / "lctrain"), str(folder / "megatron"), "megatron")
     found: dict[str, list[tuple[float, float | None]]] = {}
     with progress("bench convert", config.repeats * (1 + len(CONVERSIONS)), "runs") as advance:
         for _ in range(config.repeats):

@@ -1,20 +1,40 @@
-"""Folders of torch.distributed.checkpoint, read tensor by tensor without a process group, whatever layout wrote them."""
+"""Folders of torch.distributed.checkpoint, read by lines without a process group, whatever layout wrote them."""
 
 from __future__ import annotations
 
-import io
+import functools
 import itertools
+import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, TensorStorageMetadata
 
 from lctrain.checkpoint.tensors import Reader
+from lctrain.convert.archive import Window, bytes_of, stored_at
 from lctrain.convert.stream import Info
 from lctrain.errors import UserError
+
+
+class _Box(NamedTuple):
+    """A chunk within its tensor: at these offsets, of these sizes. first, last: its first and last line of the tensor."""
+
+    offsets: torch.Size
+    info: Info
+    first: int
+    last: int
+
+
+class _Stored(NamedTuple):
+    """Where a chunk lies. numbers: where its numbers begin in the file; None if they are not one after the other."""
+
+    path: Path
+    start: int
+    length: int
+    numbers: int | None
 
 
 class DcpFolder:
@@ -23,69 +43,106 @@ class DcpFolder:
     def __init__(self, folder: Path, prefix: str = "") -> None:
         self._folder, self._prefix = folder, prefix
         metadata = Reader(folder).read_metadata()
-        self._chunks: dict[str, list[ChunkStorageMetadata]] = {}
+        self._boxes: dict[str, list[_Box]] = {}
         self.infos: dict[str, Info] = {}
-        for name, entry in metadata.state_dict_metadata.items():
-            if name.startswith(prefix) and isinstance(entry, TensorStorageMetadata):
-                self._chunks[name.removeprefix(prefix)] = entry.chunks
-                self.infos[name.removeprefix(prefix)] = Info(entry.size, entry.properties.dtype)
+        for key, entry in metadata.state_dict_metadata.items():
+            if key.startswith(prefix) and isinstance(entry, TensorStorageMetadata):
+                info = Info(entry.size, entry.properties.dtype)
+                self.infos[key.removeprefix(prefix)] = info
+                self._boxes[key.removeprefix(prefix)] = [_box(chunk, info) for chunk in entry.chunks]
         self._places: Mapping[tuple[str, tuple[int, ...]], Any] = {
             (index.fqn, tuple(index.offset or ())): place for index, place in metadata.storage_data.items()
         }
-        self._last: tuple[str, Tensor] | None = None
+        self._open: tuple[Path, IO[bytes]] | None = None
+        self._find = functools.lru_cache(maxsize=1024)(self._look_up)
+        self._whole = functools.lru_cache(maxsize=1)(self._load_whole)
 
-    def read(self, name: str, rows: slice | None = None) -> Tensor:
-        """See Source. The tensor read last is kept, since rows of one are asked for in turn."""
-        if self._last is None or self._last[0] != name:
-            self._last = None
-            self._last = (name, self.part(name, None))
-        whole = self._last[1]
-        return whole if rows is None else whole[rows]
-
-    def part(self, name: str, row: int | None) -> Tensor:
-        """A tensor, or one of its rows (of which other chunks are not read)."""
+    def read(self, name: str, lines: slice | None = None) -> Tensor:
+        """See Source."""
         info = self.infos[name]
-        first, last = (0, info.shape[0] if info.shape else 1) if row is None else (row, row + 1)
-        whole = torch.empty([last - first, *info.shape[1:]] if info.shape else [], dtype=info.dtype)
+        first, last = info.span(lines)
+        found = torch.empty(last - first, info.width, dtype=info.dtype)
         filled = 0
-        for chunk in self._chunks[name]:
-            offsets, sizes = list(chunk.offsets), list(chunk.sizes)
-            if not info.shape:
-                whole.copy_(self._load(name, ()).view([]))
-                return whole
-            low, high = max(first, offsets[0]), min(last, offsets[0] + sizes[0])
-            if low >= high:
+        for box in self._boxes[name]:
+            if box.first >= last or box.last < first or not box.info.lines:
                 continue
-            data = self._load(name, tuple(offsets))
-            if list(data.shape) != sizes:
-                data = data.view(sizes)
-            at = [
-                slice(low - first, high - first),
-                *(slice(o, o + n) for o, n in itertools.islice(zip(offsets, sizes, strict=True), 1, None)),
-            ]
-            whole[tuple(at)] = data[low - offsets[0] : high - offsets[0]]
-            filled += whole[tuple(at)].numel()
-        if filled != whole.numel():
+            if box.last - box.first + 1 == box.info.lines:  # its lines are neighbours
+                low, high = max(first, box.first), min(last, box.last + 1)
+                rows: slice | Tensor = slice(low - first, high - first)
+                inner = slice(low - box.first, high - box.first)
+            else:
+                numbers = _lines(box, info)
+                inner = slice(*torch.searchsorted(numbers, torch.tensor([first, last])).tolist())
+                rows = numbers[inner] - first
+            column = box.offsets[-1] if len(info.shape) > 1 else 0
+            part = self._load(name, box, inner, found, rows)
+            if part is not None:
+                found[rows, column : column + box.info.width] = part
+            filled += (inner.stop - inner.start) * box.info.width
+        if filled != found.numel():
             raise UserError(
-                f"checkpoint {self._folder} is not whole: {self._prefix}{name} lacks {whole.numel() - filled} numbers"
+                f"checkpoint {self._folder} is not whole: {self._prefix}{name} lacks {found.numel() - filled} numbers"
             )
-        return whole if row is None else whole[0]
+        return info.shaped(found, lines)
 
-    def _load(self, name: str, offsets: tuple[int, ...]) -> Tensor:
-        key = f"{self._prefix}{name}"
-        place = self._places.get((key, offsets)) or self._places.get((key, ()))
+    def _load(self, name: str, box: _Box, lines: slice, found: Tensor, rows: slice | Tensor) -> Tensor | None:
+        """Those lines of a chunk; None if they were read to their place at once, since that is one stretch of memory."""
+        stored = self._find(f"{self._prefix}{name}", box)
+        if stored.numbers is None:
+            return self._whole(stored).reshape(box.info.lines, box.info.width)[lines]
+        at_once = isinstance(rows, slice) and box.info.width == found.shape[1]
+        part = found[rows] if at_once else torch.empty(lines.stop - lines.start, box.info.width, dtype=found.dtype)
+        rest, at = bytes_of(part), stored.numbers + lines.start * box.info.width * found.itemsize
+        while len(rest):
+            count = os.preadv(self._file(stored.path).fileno(), [rest], at)
+            if not count:
+                raise UserError(f"{stored.path} has ended within {self._prefix}{name}: it is damaged")
+            rest, at = rest[count:], at + count
+        return None if at_once else part
+
+    def _look_up(self, key: str, box: _Box) -> _Stored:
+        place = self._places.get((key, tuple(box.offsets))) or self._places.get((key, ()))
         if place is None:
-            raise UserError(f"checkpoint {self._folder} is not whole: part {list(offsets)} of {key} lies nowhere")
+            raise UserError(f"checkpoint {self._folder} is not whole: part {list(box.offsets)} of {key} lies nowhere")
         path = self._folder / place.relative_path
         if Path(place.relative_path).name != place.relative_path:
             raise UserError(f"checkpoint {self._folder} is refused: it points at {place.relative_path}, outside of itself")
         try:
-            with open(path, "rb") as file:
-                file.seek(place.offset)
-                data = torch.load(io.BytesIO(file.read(place.length)), map_location="cpu", weights_only=True)
+            descriptor = self._file(path).fileno()
+            tensor, start = stored_at(descriptor, place.offset, place.length)
+            if tensor.numel() != box.info.shape.numel() or tensor.dtype != box.info.dtype:
+                raise ValueError(f"it holds {list(tensor.shape)} {tensor.dtype}")
+            numbers = start + tensor.storage_offset() * tensor.itemsize if tensor.is_contiguous() else None
+            return _Stored(path, place.offset, place.length, numbers)
         except OSError as error:
             raise UserError(f"{path} cannot be read: {error.strerror}") from None
         except Exception as error:
             raise UserError(f"{path} is damaged at {key}: {' '.join(str(error).split())}") from None
-        assert isinstance(data, Tensor), type(data)
-        return data.detach()
+
+    def _load_whole(self, stored: _Stored) -> Tensor:
+        window = Window(self._file(stored.path).fileno(), stored.start, stored.length)
+        found: Tensor = torch.load(window, map_location="cpu", weights_only=True)
+        return found.detach().contiguous()
+
+    def _file(self, path: Path) -> IO[bytes]:
+        if self._open is None or self._open[0] != path:
+            if self._open is not None:
+                self._open[1].close()
+            self._open = (path, open(path, "rb", buffering=0))  # noqa: SIM115
+        return self._open[1]
+
+
+def _box(chunk: ChunkStorageMetadata, info: Info) -> _Box:
+    outer = len(info.shape) - 1 if len(info.shape) > 1 else len(info.shape)
+    first = last = 0
+    for offset, size, whole in itertools.islice(zip(chunk.offsets, chunk.sizes, info.shape, strict=True), outer):
+        first, last = first * whole + offset, last * whole + offset + size - 1
+    return _Box(torch.Size(chunk.offsets), Info(torch.Size(chunk.sizes), info.dtype), first, last)
+
+
+def _lines(box: _Box, info: Info) -> Tensor:
+    """int64: which lines of the tensor a chunk of several dimensions has, rising."""
+    numbers = torch.zeros(1, dtype=torch.int64)
+    for offset, size, whole in list(zip(box.offsets, box.info.shape, info.shape, strict=True))[:-1]:
+        numbers = (numbers[:, None] * whole + torch.arange(offset, offset + size)).flatten()
+    return numbers

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import os
 import pickle
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import IO, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,6 +21,7 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
+from lctrain.convert.archive import bytes_of, save_without_numbers, write_at
 from lctrain.convert.stream import Info
 
 CHUNK_BYTES = 64 * 2**20
@@ -34,10 +35,19 @@ class Slot(NamedTuple):
     rows: int = 1
 
 
+class _Hole(NamedTuple):
+    """Bytes of a file that are still to be written."""
+
+    file: IO[bytes]
+    at: int
+    bytes: int
+
+
 class DcpWriter:
     """A Target. slots: of every tensor, one or several, of which each gets a copy. extra: further keys without a tensor.
 
-    About every CHUNK_BYTES become a chunk, so that no tensor need be in memory as a whole.
+    About every CHUNK_BYTES become a chunk, so that whoever reads them need not hold a whole tensor. The archives of a tensor's
+    chunks are written first, without their numbers, and then filled as these arrive.
     """
 
     def __init__(
@@ -46,67 +56,65 @@ class DcpWriter:
         self._folder, self._infos, self._slots, self._limit = folder, infos, slots, file_bytes
         self._tensors: dict[str, TensorStorageMetadata | BytesStorageMetadata] = {}
         self._places: dict[MetadataIndex, _StorageInfo] = {}
-        self._count, self._file = 0, self._begin(0)
+        self._files: list[IO[bytes]] = []
         for key in extra:
             self._tensors[key] = BytesStorageMetadata()
-            self._places[MetadataIndex(key)] = self._append([None])
+            file = self._current()
+            start = file.tell()
+            torch.save([None], file)
+            self._place(MetadataIndex(key), start)
 
     def write(self, name: str, blocks: Iterable[Tensor]) -> None:
         """See Target."""
-        info = self._infos[name]
-        at = 0
-        for block in _gathered(blocks):
-            for slot in self._slots[name]:
-                shape = info.shape if slot.row is None else torch.Size((slot.rows, *info.shape))
-                entry = self._tensors.get(slot.key)
-                if entry is None:
-                    entry = TensorStorageMetadata(TensorProperties(dtype=info.dtype), shape, [])
-                    self._tensors[slot.key] = entry
-                assert isinstance(entry, TensorStorageMetadata), slot
-                rest = [0] * (len(info.shape) - 1)
-                offsets = torch.Size([at, *rest] if slot.row is None else [slot.row, at, *rest])
-                data = (block if slot.row is None else block.unsqueeze(0)).contiguous()
-                entry.chunks.append(ChunkStorageMetadata(offsets, data.shape))
-                self._places[MetadataIndex(slot.key, offsets)] = self._append(data)
-            at += block.shape[0]
-        assert at == info.shape[0], (name, at)
+        copies = [iter(self._holes(self._infos[name], slot)) for slot in self._slots[name]]
+        holes = [next(copy) for copy in copies]
+        written = 0
+        for block in blocks:
+            data = bytes_of(block)
+            written += len(data)
+            while len(data):
+                if not holes[0].bytes:
+                    holes = [next(copy) for copy in copies]
+                part = data[: holes[0].bytes]
+                for hole in holes:
+                    write_at(hole.file.fileno(), part, hole.at)
+                holes = [_Hole(hole.file, hole.at + len(part), hole.bytes - len(part)) for hole in holes]
+                data = data[len(part) :]
+        assert written == self._infos[name].bytes, (name, written)
 
     def close(self) -> None:
         """See Target."""
-        os.fsync(self._file.fileno())
-        self._file.close()
+        for file in self._files:
+            os.fsync(file.fileno())
+            file.close()
         metadata = Metadata(self._tensors, storage_data=self._places, storage_meta=StorageMeta())
         with open(self._folder / ".metadata", "wb") as file:
             pickle.dump(metadata, file)
 
-    def _append(self, value: Any) -> _StorageInfo:
-        if self._file.tell() > self._limit:
-            os.fsync(self._file.fileno())
-            self._file.close()
-            self._count += 1
-            self._file = self._begin(self._count)
-        start = self._file.tell()
-        checksums = torch.serialization.get_crc32_options()
-        torch.serialization.set_crc32_options(False)  # nobody compares them, and they take most of the time
-        try:
-            if isinstance(value, Tensor) and value.untyped_storage().nbytes() > value.nbytes:
-                value = value.clone()  # else all that it is a view of would come along
-            torch.save(value, self._file)
-        finally:
-            torch.serialization.set_crc32_options(checksums)
-        return _StorageInfo(f"__0_{self._count}.distcp", start, self._file.tell() - start)
+    def _holes(self, info: Info, slot: Slot) -> list[_Hole]:
+        """The chunks of a tensor, row after row."""
+        shape = info.shape if slot.row is None else torch.Size((slot.rows, *info.shape))
+        entry = self._tensors.setdefault(slot.key, TensorStorageMetadata(TensorProperties(dtype=info.dtype), shape, []))
+        assert isinstance(entry, TensorStorageMetadata), slot
+        step = max(1, CHUNK_BYTES * info.shape[0] // max(1, info.bytes))
+        found = []
+        for at in range(0, info.shape[0], step):
+            sizes, offsets = [min(step, info.shape[0] - at), *info.shape[1:]], [at, *[0] * (len(info.shape) - 1)]
+            if slot.row is not None:
+                sizes, offsets = [1, *sizes], [slot.row, *offsets]
+            entry.chunks.append(ChunkStorageMetadata(torch.Size(offsets), torch.Size(sizes)))
+            empty = torch.empty(sizes, dtype=info.dtype)  # its memory is never touched
+            file = self._current()
+            start = file.tell()
+            found.append(_Hole(file, save_without_numbers(empty, file), empty.nbytes))
+            self._place(MetadataIndex(slot.key, torch.Size(offsets)), start)
+        return found
 
-    def _begin(self, number: int) -> IO[bytes]:
-        return open(self._folder / f"__0_{number}.distcp", "wb")
+    def _current(self) -> IO[bytes]:
+        if not self._files or self._files[-1].tell() > self._limit:
+            self._files.append(open(self._folder / f"__0_{len(self._files)}.distcp", "x+b", buffering=0))  # noqa: SIM115
+        return self._files[-1]
 
-
-def _gathered(blocks: Iterable[Tensor]) -> Iterator[Tensor]:
-    """Blocks of rows joined to larger ones."""
-    held: list[Tensor] = []
-    for block in blocks:
-        held.append(block)
-        if sum(each.nbytes for each in held) >= CHUNK_BYTES:
-            yield torch.cat(held)
-            held = []
-    if held:
-        yield torch.cat(held)
+    def _place(self, index: MetadataIndex, start: int) -> None:
+        path = f"__0_{len(self._files) - 1}.distcp"
+        self._places[index] = _StorageInfo(path, start, self._files[-1].tell() - start)

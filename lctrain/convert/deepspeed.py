@@ -21,6 +21,7 @@ from lctrain.checkpoint.unpickle import load_torch
 from lctrain.config.convert import ConvertConfig
 from lctrain.config.model import ModelConfig
 from lctrain.config.render import from_yaml, to_yaml
+from lctrain.convert.archive import bytes_of, save_without_numbers, write_at
 from lctrain.convert.families import family_named
 from lctrain.convert.formats import Plan
 from lctrain.convert.huggingface import from_theirs
@@ -47,12 +48,12 @@ class Pieces:
         self._tensors = tensors
         self.infos = {name: Info(shape, pieces[0].dtype) for name, (shape, pieces) in tensors.items()}
 
-    def read(self, name: str, rows: slice | None = None) -> Tensor:
+    def read(self, name: str, lines: slice | None = None) -> Tensor:
         """See Source."""
-        shape, pieces = self._tensors[name]
-        flat = torch.cat([piece.reshape(-1) for piece in pieces])[: shape.numel()]  # a copy: pieces are mapped files
-        whole = flat.view(shape)
-        return whole if rows is None else whole[rows]
+        info, pieces = self.infos[name], self._tensors[name][1]
+        first, last = info.span(lines)
+        parts = _cut(pieces, first * info.width, (last - first) * info.width)
+        return info.shaped(torch.cat(parts), lines)  # a copy: pieces are mapped files
 
 
 def open_deepspeed(path: Path, options: ConvertConfig) -> Opened:
@@ -180,7 +181,7 @@ def _cut(pieces: Iterable[Tensor], start: int, count: int) -> list[Tensor]:
     for piece in pieces:
         low, high = max(start, 0), min(start + count, piece.numel())
         if low < high:
-            found.append(piece.view(-1)[low:high])
+            found.append(piece.reshape(-1)[low:high])
         start -= piece.numel()
     if sum(piece.numel() for piece in found) != count:
         raise UserError("the checkpoint is not whole: its optimizer files have fewer numbers than its parameters")
@@ -226,14 +227,19 @@ class UniversalWriter:
 
     def write(self, name: str, blocks: Iterable[Tensor]) -> None:
         """See Target."""
-        whole = torch.cat([block.float() for block in blocks]).clone()
+        shape = self._infos[name].shape
         if name in self._names:
-            self._buffers[name] = whole
+            self._buffers[name] = torch.cat([block.float() for block in blocks]).reshape(shape).clone()
             return
         place = self._folder / TAG / "zero" / name
         place.mkdir(parents=True)
-        torch.save({"param": whole, "cat_dim": self._axes.get(name, 0)}, place / "fp32.pt")
-        zeros = torch.zeros(1).expand(whole.numel())
+        with open(place / "fp32.pt", "x+b", buffering=0) as file:
+            at = save_without_numbers({"param": torch.empty(shape), "cat_dim": self._axes.get(name, 0)}, file)
+            for block in blocks:
+                data = bytes_of(block.float())
+                write_at(file.fileno(), data, at)
+                at += len(data)
+        zeros = torch.zeros(1).expand(shape.numel())
         for moment in ("exp_avg", "exp_avg_sq"):
             torch.save({"param": zeros}, place / f"{moment}.pt")
         torch.save(torch.tensor(0.0), place / "step.pt")

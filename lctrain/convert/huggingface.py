@@ -44,10 +44,11 @@ class TorchFiles:
             self._tensors.update(content)
         self.infos = {name: Info(x.shape, x.dtype) for name, x in self._tensors.items()}
 
-    def read(self, name: str, rows: slice | None = None) -> Tensor:
+    def read(self, name: str, lines: slice | None = None) -> Tensor:
         """See Source."""
-        whole = self._tensors[name].detach()
-        return (whole if rows is None else whole[rows]).clone()
+        info, whole = self.infos[name], self._tensors[name].detach()
+        first, last = info.span(lines)
+        return info.shaped(whole.reshape(info.lines, info.width)[first:last].clone(), lines)
 
 
 def open_hf(path: Path, accept: Sequence[str] = (), vocab_multiple: int = 1) -> Opened:

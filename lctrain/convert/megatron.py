@@ -54,13 +54,16 @@ class MegatronFolder:
         for name in list(self.infos):
             self._rename(name)
 
-    def read(self, name: str, rows: slice | None = None) -> Tensor:
+    def read(self, name: str, lines: slice | None = None) -> Tensor:
         """See Source."""
-        key = self._rows.get(name, name)
-        if isinstance(key, str):
-            return self._files.read(key, rows)
-        whole = self._files.part(*key)
-        return whole if rows is None else whole[rows]
+        info, place = self.infos[name], self._rows.get(name, name)
+        if isinstance(place, str):
+            return self._files.read(place, lines)
+        key, layer = place
+        first, last = info.span(lines)
+        if len(info.shape) > 1:
+            return info.shaped(self._files.read(key, slice(layer * info.lines + first, layer * info.lines + last)), lines)
+        return info.shaped(self._files.read(key, slice(layer, layer + 1)).reshape(-1)[first:last], lines)
 
     def _rename(self, name: str) -> None:
         """Norms go by the names of modules of their own here; a copy under the other name is forgotten."""

@@ -15,6 +15,7 @@ from typing import IO, Any, cast
 import torch
 from torch import Tensor
 
+from lctrain.convert.archive import bytes_of
 from lctrain.convert.stream import Info
 from lctrain.errors import UserError
 
@@ -50,25 +51,19 @@ class SafetensorsFolder:
                     raise UserError(f"{path} has {name}, and so has {self._places[name][0].name}: remove one of the files")
                 self.infos[name], self._places[name] = info, (path, start)
 
-    def read(self, name: str, rows: slice | None = None) -> Tensor:
+    def read(self, name: str, lines: slice | None = None) -> Tensor:
         """See Source."""
         info, (path, start) = self.infos[name], self._places[name]
-        shape = list(info.shape)
-        if rows is not None:
-            first, last, _ = rows.indices(shape[0])
-            start += first * (info.bytes // shape[0])
-            shape[0] = last - first
-        size = torch.Size(shape).numel() * info.dtype.itemsize
-        data = torch.empty(size, dtype=torch.uint8)
-        file = self._file(path)
-        file.seek(start)
-        rest = data.numpy().data
+        first, last = info.span(lines)
+        size = info.width * info.dtype.itemsize
+        data = torch.empty((last - first) * size, dtype=torch.uint8)
+        rest, start = data.numpy().data, start + first * size
         while len(rest):  # a single read ends at 2 GB
-            count = file.readinto(rest)  # type: ignore[attr-defined]
+            count = os.preadv(self._file(path).fileno(), [rest], start)
             if not count:
                 raise UserError(f"{path} has ended within {name}: it is damaged")
-            rest = rest[count:]
-        return data.view(info.dtype).view(shape)
+            rest, start = rest[count:], start + count
+        return info.shaped(data.view(info.dtype), lines)
 
     def _file(self, path: Path) -> IO[bytes]:
         if self._open is None or self._open[0] != path:
@@ -104,7 +99,7 @@ class SafetensorsWriter:
         written = 0
         for block in blocks:
             assert block.dtype == self._infos[name].dtype, (name, block.dtype)
-            rest = block.contiguous().view(-1).view(torch.uint8).numpy().data
+            rest = bytes_of(block)
             written += len(rest)
             while len(rest):  # a single write ends at 2 GB
                 rest = rest[self._file.write(rest) :]
