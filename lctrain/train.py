@@ -57,7 +57,7 @@ def train(config: TrainConfig, process: Process, watchdog: Watchdog | None = Non
         run = RunDir(config.run_dir)
         described = build_model(config)
         store = CheckpointStore(run.checkpoints, config.checkpoint.keep_last, config.checkpoint.keep_every)
-        saver = Saver(store, config.checkpoint.asynchronous, pin=device.type == "cuda")
+        saver = Saver(store, config.checkpoint.asynchronous)
         watchdog.watch_layers()
         back: Path | None = None
         while True:
@@ -84,6 +84,7 @@ def _continue(
     run = RunDir(config.run_dir)
     watchdog.phase("loading")
     asked = config if back is None else config.model_copy(update={"resume": str(back)})
+    saver.before_change()
     start, checkpoint = resume(asked, saver.store, engine, mesh.rank)
     guard = LossGuard(config, run, mesh.rank, start, checkpoint)
     if mesh.rank == 0:
@@ -149,7 +150,7 @@ def _loop(
     if guard.needs_first_checkpoint:
         save(start)
     watchdog.phase("reading data", start + 1)
-    with make_loader(config, mesh, source, start, pin_memory=device.type == "cuda") as loader:
+    with make_loader(config, mesh, source, start, device=device) as loader:
         began = time.perf_counter()
         for batch in loader:
             watchdog.phase("step", batch.step + 1)
@@ -166,7 +167,7 @@ def _loop(
             lr = learning_rate(config.optim, batch.step, trainer.steps)
             step = batch.step + 1
             left_out = guard.leaves_out(step) is not None
-            result = LEFT_OUT if left_out else train_step(engine, batch, sums["targets"], lr, guard.judge)
+            result = LEFT_OUT if left_out else train_step(engine, batch, sums["targets"], lr, guard.judge, saver.before_change)
             step_s = time.perf_counter() - began
             record: dict[str, Any] = {
                 "step": step,
@@ -247,8 +248,7 @@ def _agree(
 
 
 def _evaluate(config: TrainConfig, mesh: ProcessMesh, engine: Engine, device: torch.device, source: SampleSource) -> float:
-    pin = device.type == "cuda"
-    with make_loader(config, mesh, source, 0, config.trainer.eval_batches, pin) as batches:
+    with make_loader(config, mesh, source, 0, config.trainer.eval_batches, device, gradients=False) as batches:
         return engine.evaluate(micro for batch in batches for micro in batch.micro_batches)
 
 

@@ -18,8 +18,11 @@ HASHING_THREADS = 8
 
 
 def hash_files(paths: Iterable[Path]) -> dict[str, dict[str, Any]]:
-    """`{name: {"bytes": size, "sha256": digest}}` of files, each put on disk before it is read."""
-    return {path.name: {"bytes": _sync(path), "sha256": _sha256(path)} for path in paths}
+    """`{name: {"bytes": size, "sha256": digest}}` of files, which are put on disk meanwhile."""
+    paths = list(paths)
+    with ThreadPoolExecutor(HASHING_THREADS) as pool:
+        sizes, digests = pool.map(_sync, paths), pool.map(_sha256, paths)
+        return {path.name: {"bytes": size, "sha256": digest} for path, size, digest in zip(paths, sizes, digests, strict=True)}
 
 
 def write_manifest(folder: Path, content: dict[str, Any]) -> None:

@@ -7,8 +7,11 @@ records and nothing else. Tensors themselves are read weights-only.
 from __future__ import annotations
 
 import contextlib
+import math
 import warnings
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +20,17 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
+from torch.futures import Future
 
 from lctrain.checkpoint.agree import is_distributed
 from lctrain.checkpoint.state import shape_text
 from lctrain.checkpoint.unpickle import load_pickle
 from lctrain.errors import UserError
+
+MOST_FILES = 4
+"""Files of one rank."""
+SMALLEST_FILE = 32 * 2**20
+"""Bytes below which a second file is not worth it."""
 
 
 class Reader(dcp.FileSystemReader):
@@ -38,11 +47,27 @@ class Reader(dcp.FileSystemReader):
 
 
 class _Writer(dcp.FileSystemWriter):
-    """torch's zip writer hides a full disk behind an error of its own; show the system's error instead."""
+    """Writes a rank's tensors into several files at once; they are surely on disk only after `manifest.hash_files`.
+
+    Not by torch's own thread_count: an error in one of its threads, such as a full disk, is printed and then forgotten.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder, sync_files=False)
 
     def write_data(self, plan: Any, planner: Any) -> Any:
+        """See torch. OSError where torch's zip writer would hide it behind an error of its own."""
+
+        def write(number: int) -> list[Any]:
+            prefix = plan.storage_data.prefix + (f"{number}_" if number else "")
+            part = replace(plan, items=parts[number], storage_data=replace(plan.storage_data, prefix=prefix))
+            return list(super(_Writer, self).write_data(part, planner).wait())
+
+        parts = _even_parts(plan.items)
+        written: Future[list[Any]] = Future()
         try:
-            return super().write_data(plan, planner)
+            with ThreadPoolExecutor(len(parts)) as pool:
+                written.set_result([result for results in pool.map(write, range(len(parts))) for result in results])
         except Exception as error:
             cause: BaseException | None = error
             while cause is not None:
@@ -50,12 +75,31 @@ class _Writer(dcp.FileSystemWriter):
                     raise cause from None
                 cause = cause.__cause__ or cause.__context__
             raise
+        return written
+
+
+def _even_parts(items: list[Any]) -> list[list[Any]]:
+    """What goes into each file: about as many bytes, in no more files than there are threads or than are worth it."""
+    sizes = [_bytes_of(item) for item in items]
+    count = max(1, min(MOST_FILES, torch.get_num_threads(), sum(sizes) // SMALLEST_FILE, len(items)))
+    parts: list[list[Any]] = [[] for _ in range(count)]
+    totals = [0] * count
+    for place in sorted(range(len(items)), key=lambda place: -sizes[place]):
+        least = totals.index(min(totals))
+        parts[least].append(items[place])
+        totals[least] += sizes[place]
+    return parts
+
+
+def _bytes_of(item: Any) -> int:
+    data = item.tensor_data
+    return 0 if data is None else math.prod(data.chunk.sizes) * data.properties.dtype.itemsize
 
 
 def save_tensors(folder: Path, tensors: dict[str, torch.Tensor], group: Any = None) -> None:
     """Write tensors of all ranks; of a plain tensor that several ranks hold under one name, one of them writes it.
 
-    Collective. OSError, on every rank, if the file system refused on any.
+    What was written may still be in the page cache. Collective. OSError, on every rank, if the file system refused on any.
     """
     planner = DefaultSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False, enable_plan_caching=False)
     try:
@@ -75,8 +119,8 @@ def save_tensors(folder: Path, tensors: dict[str, torch.Tensor], group: Any = No
 
 
 def own_files(folder: Path, rank: int) -> list[Path]:
-    """The files that this rank wrote; the metadata file is rank 0's."""
-    mine = sorted(folder.glob(f"__{rank}_*.distcp"))
+    """The files that this rank wrote, the largest first; the metadata file is rank 0's."""
+    mine = sorted(folder.glob(f"__{rank}_*.distcp"), key=lambda path: (-path.stat().st_size, path.name))
     return [*mine, folder / ".metadata"] if rank == 0 else mine
 
 

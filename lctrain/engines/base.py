@@ -61,7 +61,11 @@ class Engine(Protocol):
         ...
 
     def state(self) -> dict[str, Any]:
-        """Weights and optimizer state as a nested dict of (possibly sharded) tensors under layout-independent names."""
+        """Weights and optimizer state as a nested dict of (possibly sharded) tensors under layout-independent names.
+
+        Tensors may be the engine's own. Then they change in `update`, `discard` and `load_state`, or by being written to, and
+        at no other time: checkpoints in the background are copied until then.
+        """
         ...
 
     def load_state(self, state: dict[str, Any]) -> None:
@@ -78,12 +82,21 @@ class Engine(Protocol):
 
 
 def train_step(
-    engine: Engine, batch: StepBatch, targets: int, lr: float, judge: Callable[[StepResult], str | None] | None = None
+    engine: Engine,
+    batch: StepBatch,
+    targets: int,
+    lr: float,
+    judge: Callable[[StepResult], str | None] | None = None,
+    before_change: Callable[[], None] = lambda: None,
 ) -> StepResult:
-    """One optimizer step; without an update if anything was not finite, or `judge` finds a problem (the same on all ranks)."""
+    """One optimizer step; without an update if anything was not finite, or `judge` finds a problem (the same on all ranks).
+
+    before_change: called when all that reads the state alone is done, before anything of it changes.
+    """
     result = engine.backward(batch, targets)
     if judge is not None and result.problem is None:
         result = dataclasses.replace(result, problem=judge(result))
+    before_change()
     if result.problem is None:
         engine.update(lr)
     else:

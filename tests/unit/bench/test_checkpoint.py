@@ -11,13 +11,17 @@ from lctrain.errors import UserError
 def test_a_small_state(tmp_path, capsys):
     place, output = tmp_path / "disk", tmp_path / "result.json"
     place.mkdir()
-    assert main(["checkpoint", "mb=1", "tensors=2", "repeats=1", f"folder={place}", f"output={output}"]) == 0
+    assert (
+        main(["checkpoint", "mb=1", "tensors=2", "repeats=1", "steps=2", "step_s=0.01", f"folder={place}", f"output={output}"])
+        == 0
+    )
     out = capsys.readouterr().out
     results = {result["name"]: result for result in json.loads(output.read_text())["results"]}
-    names = ["torch.save", "torch.save, fsync", "lctrain", "lctrain, asynchronous", "first asynchronous"]
+    names = ["none", "torch.save", "torch.save, fsync", "lctrain", "lctrain, asynchronous", "first asynchronous"]
     assert list(results) == names
-    assert all(f"\n{name}" in out for name in names[:4])
+    assert all(f"\n{name}" in out for name in names[:5])
     assert results["lctrain, asynchronous"]["waits_s"] < results["lctrain, asynchronous"]["done_s"]
+    assert results["none"]["waits_s"] < 1e-3
     assert list(place.iterdir()) == []
 
 

@@ -9,7 +9,7 @@ import torch
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
-from lctrain.checkpoint import folders, store
+from lctrain.checkpoint import folders, host_copy, store
 from lctrain.checkpoint.background import Saver
 from lctrain.checkpoint.store import CheckpointStore
 from lctrain.errors import UserError
@@ -39,6 +39,7 @@ def test_the_run_goes_on_while_it_is_written(tmp_path, monkeypatch):
     saver.save(1, state, meta)
     assert saver.finished() == []
     assert checkpoints.newest_verified() is None
+    saver.before_change()
     state["model"]["w"].add_(5)  # the next step
     state["model"]["scalar"].add_(5)
     state["optimizer"]["betas"][0] = 7.0
@@ -54,6 +55,62 @@ def test_the_run_goes_on_while_it_is_written(tmp_path, monkeypatch):
     assert torch.equal(back["model"]["w"], torch.full((3, 4), 1.0))
     assert back["model"]["scalar"] == 1.0
     assert back["optimizer"] == {"lr": 1.0, "betas": [1.0, 0.5]}
+
+
+def test_the_save_does_not_wait_for_the_copy_but_the_next_change_does(tmp_path, monkeypatch):
+    go, real, order = threading.Event(), host_copy.copy_all, []
+
+    def held(pairs):
+        go.wait(60)
+        real(pairs)
+        order.append("copied")
+
+    monkeypatch.setattr(host_copy, "copy_all", held)
+    checkpoints = CheckpointStore(tmp_path, keep_last=2)
+    saver, state = Saver(checkpoints, asynchronous=True), state_of(1.0)
+    saver.before_change()  # nothing was saved yet
+    saver.save(1, state, {})  # or it would never return
+    state["optimizer"]["lr"] = 7.0  # values need no waiting
+    threading.Timer(0.2, go.set).start()
+    saver.before_change()
+    order.append("changed")
+    state["model"]["w"].add_(5)
+    saver.before_change()
+    saver.wait()
+    assert order == ["copied", "changed"]
+    (saved,) = saver.finished()
+    assert 0.15 < saved.stall_s <= saved.seconds
+    _, back = loaded(checkpoints)
+    assert torch.equal(back["model"]["w"], torch.full((3, 4), 1.0))
+    assert back["optimizer"]["lr"] == 1.0
+
+
+def test_a_copy_that_fails_keeps_nobody_waiting(tmp_path, monkeypatch):
+    def fail(pairs):
+        raise MemoryError("no host memory")
+
+    checkpoints = CheckpointStore(tmp_path, keep_last=2)
+    saver = Saver(checkpoints, asynchronous=True)
+    with monkeypatch.context() as patched:
+        patched.setattr(host_copy, "copy_all", fail)
+        saver.save(1, state_of(1.0), {})
+        saver.before_change()
+        with pytest.raises(MemoryError, match="no host memory"):
+            saver.wait()
+    saver.save(2, state_of(2.0), {})
+    saver.before_change()
+    saver.wait()
+    assert [saved.step for saved in saver.finished()] == [2]
+
+
+@pytest.mark.parametrize("make", [lambda: torch.arange(12.0).view(3, 4).t(), lambda: torch.arange(6).bfloat16()[::2]])
+def test_tensors_that_do_not_lie_in_one_piece(tmp_path, make):
+    saver = Saver(CheckpointStore(tmp_path, keep_last=1), asynchronous=True)
+    saver.save(1, {"model": {"w": make()}}, {})
+    saver.wait()
+    back = {"model": {"w": torch.zeros_like(make()).contiguous()}}
+    saver.store.load(tmp_path / "step-00000001", back)
+    assert torch.equal(back["model"]["w"], make())
 
 
 def test_the_next_save_waits_for_the_one_before_and_uses_its_buffers(tmp_path, monkeypatch):
@@ -143,6 +200,7 @@ def sharded(rank: int, world_size: int, folder: str) -> tuple[list[int], bool]:
         saver.save(step, state, {})
         for _ in range(50):
             torch.distributed.all_reduce(torch.ones(1000))
+        saver.before_change()
         state["model"]["w"].to_local().add_(1)
     saver.wait()
     fresh = {"model": {"w": distribute_tensor(torch.zeros(5, 2), mesh, [Shard(0)])}, "rng": {str(rank): torch.tensor([9])}}

@@ -295,6 +295,44 @@ def test_disk_that_fills_up_while_writing(small_disk, monkeypatch):
     checkpoints.save(3, {"model": {"w": torch.zeros(10)}}, {})
 
 
+@pytest.fixture
+def four_files(monkeypatch):
+    """Even the smallest checkpoint is written as four files at a time."""
+    monkeypatch.setattr(tensors, "SMALLEST_FILE", 1)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 8)
+
+
+def test_several_files(tmp_path, four_files):
+    checkpoints, _ = make_store(tmp_path)
+    sizes = (300, 70, 100, 1, 0, 200, 99, 1000)
+    state = {"model": {str(number): torch.rand(size) for number, size in enumerate(sizes)}}
+    path = checkpoints.save(1, state, {})
+    assert names(path) == [".metadata", "__0_0.distcp", "__0_1_0.distcp", "__0_2_0.distcp", "__0_3_0.distcp", "manifest.json"]
+    assert manifest.problems(path) == []
+    back = {"model": {name: torch.zeros_like(tensor) for name, tensor in state["model"].items()}}
+    checkpoints.load(path, back)
+    assert all(torch.equal(back["model"][name], tensor) for name, tensor in state["model"].items())
+
+
+def test_no_more_files_than_tensors(tmp_path, four_files):
+    checkpoints, _ = make_store(tmp_path)
+    path = checkpoints.save(1, {"model": {"a": torch.rand(3), "b": torch.rand(2)}}, {})
+    assert sorted(path.glob("*.distcp")) == [path / "__0_0.distcp", path / "__0_1_0.distcp"]
+    checkpoints.save(2, {"model": {}, "optimizer": {"lr": 1.0}}, {})
+
+
+def test_one_of_several_files_does_not_fit(small_disk, monkeypatch, four_files):
+    disk = small_disk(1000)
+    checkpoints, _ = make_store(disk / "checkpoints")
+    checkpoints.save(1, {"model": {"w": torch.zeros(10)}}, {})
+    real = folders.free_bytes
+    answers = iter([10**9])
+    monkeypatch.setattr(folders, "free_bytes", lambda folder: next(answers, None) or real(folder))
+    with pytest.raises(UserError, match=r"step-00000002 cannot be written: No space left"):
+        checkpoints.save(2, {"model": {"large": torch.zeros(400_000), **{f"{n}": torch.zeros(10) for n in range(5)}}}, {})
+    assert names(disk / "checkpoints") == ["step-00000001"]
+
+
 @pytest.mark.parametrize("place", ["write_manifest", "hash_files"])
 def test_refusing_file_system_without_a_mount(tmp_path, monkeypatch, place):
     checkpoints, _ = make_store(tmp_path)
