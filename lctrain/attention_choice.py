@@ -48,7 +48,7 @@ def attention_strategies(config: TrainConfig, device: torch.device) -> Mapping[K
     if parallel.attention != "auto":
         named = Strategy(parallel.attention, parallel.ulysses, parallel.ring, parallel.nesting, parallel.node_size)
         return dict.fromkeys(kinds, named)
-    if parallel.cp == 1:  # nothing travels
+    if config.cp == 1:  # nothing travels
         return dict.fromkeys(kinds, Strategy())
     return {kind: candidates[0].strategy for kind, candidates in _ranked(config, device).items()}
 
@@ -56,9 +56,9 @@ def attention_strategies(config: TrainConfig, device: torch.device) -> Mapping[K
 def announce_choice(config: TrainConfig, device: torch.device, tracker: Tracker) -> None:
     """Tell what `parallel.attention=auto` chose, and from what: the best few in a message, all in an event; and what travels
     for latent attention."""
-    if config.parallel.cp > 1 and "+" in _kinds(config):
+    if config.cp > 1 and "+" in _kinds(config):
         _announce_travel(config, attention_strategies(config, device)["+"], tracker)
-    if config.parallel.attention != "auto" or config.parallel.cp == 1:
+    if config.parallel.attention != "auto" or config.cp == 1:
         return
     cluster = _cluster(config, device)
     for window, candidates in _ranked(config, device).items():
@@ -69,6 +69,11 @@ def announce_choice(config: TrainConfig, device: torch.device, tracker: Tracker)
         tracker.event("attention", window=window, cluster=cluster.name, candidates=[_row(c) for c in candidates])
 
 
+def attention_shapes(config: TrainConfig) -> dict[Kind, AttentionShape]:
+    """By kind, the heads that a rank has in its layers before any exchange, and how large they are."""
+    return {kind: _shape(config, kind) for kind in _kinds(config)}
+
+
 def _kinds(config: TrainConfig) -> list[Kind]:
     symbols = {layer.symbol for layer in parse_pattern(config.model.pattern)}
     kinds: dict[str, Kind] = {"*": None, "W": config.model.attention.window, "+": "+"}
@@ -76,7 +81,7 @@ def _kinds(config: TrainConfig) -> list[Kind]:
 
 
 def _announce_travel(config: TrainConfig, strategy: Strategy, tracker: Tracker) -> None:
-    settings, cp = config.model.latent_attention, config.parallel.cp
+    settings, cp = config.model.latent_attention, config.cp
     heads = settings.n_heads // config.parallel.tp
     sent = travel_bytes(settings, heads, strategy, cp, config.trainer.seq_len, DTYPES[config.engine.dtype])
     latent = settings.travel == "latent" or (settings.travel == "auto" and sent.latent < sent.heads)
@@ -100,7 +105,7 @@ def _cluster(config: TrainConfig, device: torch.device) -> ClusterConfig:
 def _ranked(config: TrainConfig, device: torch.device) -> dict[Kind, tuple[Candidate, ...]]:
     """Each kind of layer on one document as long as a sample, the costliest case."""
     length = config.trainer.seq_len
-    layout = make_layout(config.parallel.layout, config.parallel.cp, length, ((0, length),))
+    layout = make_layout(config.parallel.layout, config.cp, length, ((0, length),))
     cluster = _cluster(config, device).build()
     return {
         kind: rank_strategies(

@@ -75,9 +75,9 @@ def _train(config: TrainConfig, process: Process) -> None:
 
     from lctrain.commands.train import join
 
-    if process.world_size != config.launcher.processes:
+    if process.world_size != config.processes:
         raise UserError(
-            f"SLURM started {process.world_size} processes, the settings say launcher.processes={config.launcher.processes}:"
+            f"SLURM started {process.world_size} processes, the settings say launcher.processes={config.processes}:"
             " submit the run again"
         )
     cores = len(os.sched_getaffinity(0))

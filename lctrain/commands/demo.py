@@ -22,18 +22,20 @@ from lctrain.console import say
 from lctrain.errors import UserError
 
 PROMPT = "def main("
+PROCESSES = 4
+"""Two pairs, each of which shares its sequences."""
 
 
 def main(args: list[str]) -> int:
     """Run the command."""
-    settings = ["recipe=demo", *args]
+    settings = ["recipe=demo", f"launcher.processes={PROCESSES}", *args]
     config = load(TrainConfig, "train", settings)
     if Path(config.run_dir).exists():
         names = (f"{config.run_dir}-{number}" for number in itertools.count(2))
         settings.append(f"run_dir={next(name for name in names if not Path(name).exists())}")
         config = load(TrainConfig, "train", settings)
     crash_at = config.trainer.steps // 2 + 3
-    if not 0 < config.checkpoint.every < crash_at or config.launcher.processes < 2:
+    if not 0 < config.checkpoint.every < crash_at or config.processes < 2:
         raise UserError(
             "the demo kills a process half-way and resumes: it needs launcher.processes of at least 2, and checkpoint.every"
             f" between 1 and {crash_at - 1}, half of trainer.steps={config.trainer.steps}"
@@ -60,10 +62,11 @@ def main(args: list[str]) -> int:
     for line in (
         f"{config.run_dir}/report.html   one page with everything, for a browser",
         f"{config.run_dir}/loss.png, metrics.jsonl, events.jsonl, config.yaml, checkpoints/",
-        f"lctrain train recipe=demo run_dir={config.run_dir} trainer.steps={2 * config.trainer.steps}   train on",
+        f"lctrain train recipe=demo launcher.processes={config.processes} run_dir={config.run_dir}"
+        f" trainer.steps={2 * config.trainer.steps}   train on",
         f"lctrain train recipe=demo run_dir={config.run_dir} parallel.cp=4 trainer.steps={2 * config.trainer.steps}"
         "   the same run, its sequences over 4 processes",
-        "lctrain train model=tiny trainer.seq_len=32768 parallel.cp=4 launcher.processes=4   longer sequences",
+        "lctrain train model=tiny trainer.seq_len=32768 parallel.cp=4   longer sequences",
         "lctrain data prepare input=YOUR_FILES output=corpora/mine   then: lctrain train data=custom"
         " data.corpora.0.prefix=corpora/mine",
         "lctrain config train   every setting, with its meaning",

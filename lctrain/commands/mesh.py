@@ -2,8 +2,9 @@
 
 usage: lctrain mesh [override of lctrain train ...]
 
-  lctrain mesh launcher.processes=8 parallel.cp=2 parallel.dp=4
-  lctrain mesh launcher.processes=16 engine.name=megatron parallel.tp=2 parallel.pp=2 parallel.cp=2 parallel.ep=4
+  lctrain mesh parallel.cp=2 parallel.dp=4
+  lctrain mesh model=hybrid_tiny engine=megatron parallel.tp=2 parallel.pp=2 parallel.cp=2 parallel.ep=4
+  lctrain mesh launcher.processes=64 parallel.cp=16
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ def main(args: list[str]) -> int:
     config = load(TrainConfig, "train", args)
     from lctrain.console import say, table
 
-    mesh = config.mesh(0, config.launcher.processes)
+    mesh = config.mesh(0, config.processes)
     say(str(mesh))
     lines = []
     for name, what in SHARED.items():

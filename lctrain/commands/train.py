@@ -3,7 +3,7 @@
 usage: lctrain train [model=PRESET] [data=CHOICE] [recipe=CHOICE] [name=value ...] [--config-dir DIR] [--dry-run]
 
   lctrain train model=tiny
-  lctrain train model=tiny launcher.processes=4 parallel.cp=2 trainer.seq_len=8192
+  lctrain train model=tiny parallel.dp=2 parallel.cp=2 trainer.seq_len=8192
   torchrun --nproc-per-node 4 -m lctrain train model=tiny parallel.cp=4
   lctrain train model=tiny launcher=slurm launcher.nodes=4 launcher.processes_per_node=8 --dry-run
   lctrain train model=tiny launcher=slurm_array optim.lr=1e-3,3e-4

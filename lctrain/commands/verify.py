@@ -2,7 +2,7 @@
 
 usage: lctrain verify layout|attention|blocks [name=value ...]
 
-  lctrain verify layout model=llama3_8b parallel.cp=4 parallel.attention=usp launcher.processes=32
+  lctrain verify layout model=llama3_8b parallel.dp=4 parallel.cp=8 parallel.attention=usp
   lctrain verify blocks
   lctrain verify attention
   lctrain verify attention quick=true
@@ -26,10 +26,10 @@ def _layout(args: list[str]) -> int:
 
     Loss, gradient norm, every gradient, weights after some optimizer steps, a leak probe between packed documents, and
     checkpoints. The pattern of blocks, the grid of processes and all options stay as they are; widths, depth and length shrink.
-    Without a layout (launcher.processes=1) the model is proved on a grid of context- and expert-parallel layouts; --all proves
+    Without a layout (one process) the model is proved on a grid of context- and expert-parallel layouts; --all proves
     the standard matrix. Exit status 1 if anything differs.
 
-      lctrain verify layout model=llama3_8b parallel.cp=4 parallel.attention=usp launcher.processes=32
+      lctrain verify layout model=llama3_8b parallel.dp=4 parallel.cp=8 parallel.attention=usp
       lctrain verify layout model=hybrid_tiny
       lctrain verify layout --all verify.only=fsdp
     """

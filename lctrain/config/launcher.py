@@ -122,8 +122,8 @@ class LauncherConfig(Strict):
     kind: Literal["local", "slurm", "slurm_array"] = "local"
     """local: this command starts them on this machine (under torchrun or srun, those processes are used instead). slurm: it
     submits a job. slurm_array: it submits one job per combination of settings with several values, as in optim.lr=1e-3,3e-4."""
-    processes: Positive = 1
-    """Processes to start; with slurm it is nodes x processes_per_node."""
+    processes: Positive | None = None
+    """Processes to start; null: as many as the grid has, dp x cp x tp x pp. With slurm it is nodes x processes_per_node."""
     threads: Positive | None = None
     """CPU threads per process; null: the machine's cores / processes, at least 1."""
     timeout_s: Positive = 600
@@ -158,7 +158,7 @@ class LauncherConfig(Strict):
     def _check(self) -> LauncherConfig:
         if self.is_slurm:
             total = self.nodes * self.processes_per_node
-            if self.processes not in (1, total):
+            if self.processes not in (None, total):
                 raise ValueError(
                     f"processes={self.processes}, but nodes={self.nodes} x processes_per_node={self.processes_per_node} is"
                     f" {total}: leave launcher.processes out"
@@ -170,5 +170,5 @@ class LauncherConfig(Strict):
             value = getattr(self, name)
             if value != type(self).model_fields[name].default:
                 shown = str(value).lower()
-                raise ValueError(f"{name}={shown} needs launcher=slurm (on this machine, set launcher.processes)")
+                raise ValueError(f"{name}={shown} needs launcher=slurm (on this machine, parallel.* says how many processes)")
         return self

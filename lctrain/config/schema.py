@@ -6,6 +6,7 @@ whatever does not fit. Only checks that need nothing but the config live here; w
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field, model_validator
@@ -65,10 +66,10 @@ class DataConfig(Strict):
 class ParallelConfig(Strict):
     """How the work is cut over processes."""
 
-    cp: Positive = 1
-    """Context-parallel size: processes that share one sequence."""
+    cp: Positive | None = 1
+    """Context-parallel size: processes that share one sequence; null: launcher.processes / (dp x tp x pp)."""
     dp: Positive | None = None
-    """Data-parallel size; null means processes / (cp x tp x pp)."""
+    """Data-parallel size; null: launcher.processes / (cp x tp x pp); if that is null too, 1 or as many as ep x etp needs."""
     tp: Positive = 1
     """Tensor-parallel size: processes that share every matrix (engine.name=megatron or deepspeed)."""
     pp: Positive = 1
@@ -233,8 +234,9 @@ class TrainConfig(Strict):
 
     @model_validator(mode="after")
     def _check(self) -> TrainConfig:
+        self._settle_grid()
         self._check_processes()
-        check_layout(set(self.model.pattern), self.parallel.layout, self.parallel.cp)
+        check_layout(set(self.model.pattern), self.parallel.layout, self.cp)
         if "L" in self.model.pattern:
             self.model.linear_attention.check_run(self.parallel.tp)
         if "E" in self.model.pattern:
@@ -248,10 +250,41 @@ class TrainConfig(Strict):
             )
         return self
 
+    @property
+    def processes(self) -> int:
+        """Processes of the run."""
+        assert self.launcher.processes is not None, "settled by the check"
+        return self.launcher.processes
+
+    @property
+    def cp(self) -> int:
+        """Context-parallel size."""
+        assert self.parallel.cp is not None, "settled by the check"
+        return self.parallel.cp
+
+    @property
+    def grid(self) -> dict[str, int]:
+        """Size of every dimension of the grid: pp, dp, cp, tp."""
+        pp, cp, tp = self.parallel.pp, self.cp, self.parallel.tp
+        return {"pp": pp, "dp": self.processes // (pp * cp * tp), "cp": cp, "tp": tp}
+
+    def _settle_grid(self) -> None:
+        """Put numbers where launcher.processes or parallel.cp is null: from here on both are known, also to config.yaml."""
+        parallel, processes = self.parallel, self.launcher.processes
+        if parallel.cp is None:
+            others = (parallel.dp or 1) * parallel.tp * parallel.pp
+            cp = max(1, (processes or 1) // others)  # where this does not divide, check_layout says so
+            self.__dict__["parallel"] = parallel.model_copy(update={"cp": cp})
+        if processes is None:
+            experts = parallel.ep * parallel.etp
+            dp = parallel.dp or experts // math.gcd(experts, self.cp * parallel.tp)
+            grid = dp * self.cp * parallel.tp * parallel.pp
+            self.__dict__["launcher"] = self.launcher.model_copy(update={"processes": grid})
+
     def _check_processes(self) -> None:
         launcher = self.launcher
         try:
-            self.check_layout(launcher.processes)
+            self.check_layout(self.processes)
         except ValueError as error:
             if launcher.is_slurm:
                 counted = f"launcher.nodes={launcher.nodes} x launcher.processes_per_node={launcher.processes_per_node}"
@@ -263,12 +296,12 @@ class TrainConfig(Strict):
         from lctrain.parallel.mesh import ProcessMesh
 
         layout = self.parallel
-        return ProcessMesh(rank, self.check_layout(processes), layout.cp, layout.tp, layout.pp, layout.ep, layout.etp)
+        return ProcessMesh(rank, self.check_layout(processes), self.cp, layout.tp, layout.pp, layout.ep, layout.etp)
 
     def check_layout(self, processes: int) -> int:
         """Data-parallel size for `processes` processes; ValueError with the fix if the layout does not divide."""
         parallel = self.parallel
-        cp, dp, tp, pp = parallel.cp, parallel.dp, parallel.tp, parallel.pp
+        cp, dp, tp, pp = self.cp, parallel.dp, parallel.tp, parallel.pp
         if self.engine.name == "torch":
             for name in ("tp", "pp", "etp"):
                 if getattr(parallel, name) > 1:
@@ -290,7 +323,9 @@ class TrainConfig(Strict):
                 f" set launcher.processes to a multiple of {model}{can}"
             )
         if dp is not None and dp * model != processes:
-            raise ValueError(f"parallel.dp={dp} x {product} is {dp * model}, but launcher.processes={processes}")
+            raise ValueError(
+                f"parallel.dp={dp} x {product} is {dp * model}, but launcher.processes={processes}: leave one of them out"
+            )
         stage = processes // pp
         if stage % (parallel.ep * parallel.etp):
             fits = [n for n in range(1, stage + 1) if stage % (n * parallel.etp) == 0]

@@ -24,6 +24,8 @@ SETTLE_S = 0.2
 """Ranks that die within this of the first one are looked at together: its peers may be collected before it."""
 FAIL_ALONE_S = 2.0
 """What ranks get to notice a peer's death by themselves (gloo: under a second) and to close their files, before SIGTERM."""
+CROWDED = 2
+"""Processes per core beyond which the user is told that they take turns."""
 KILL_S = 10.0
 """What the kernel gets to end a process after SIGKILL; it may be stuck in a file system that does not answer."""
 
@@ -38,7 +40,7 @@ class End:
 
 
 def launch_local(entry: Callable[[TrainConfig, Process, str], int], config: TrainConfig) -> int:
-    """Run `entry(config, process, rendezvous)` in `config.launcher.processes` forked processes; returns the exit status.
+    """Run `entry(config, process, rendezvous)` in `config.processes` forked processes; returns the exit status.
 
     0: all ranks returned 0, or were stopped before they trained. 2: a UserError. 1: a rank raised. 75: the watchdog ended the
     run. 128 + n: a rank was killed by signal n. Otherwise what the first rank to fail returned.
@@ -68,8 +70,12 @@ class _Ranks:
         os.set_blocking(self.pipe, False)
 
     def start(self, entry: Callable[[TrainConfig, Process, str], int], config: TrainConfig, rendezvous: str) -> None:
-        count, launcher = config.launcher.processes, os.getpid()
-        threads = config.launcher.threads or max(1, len(os.sched_getaffinity(0)) // count)
+        count, launcher = config.processes, os.getpid()
+        cores = len(os.sched_getaffinity(0))
+        threads = config.launcher.threads or max(1, cores // count)
+        if count > CROWDED * cores and config.engine.device != "cuda":
+            grid = " x ".join(f"parallel.{name}={size}" for name, size in config.grid.items() if size > 1)
+            _say(f"{count} processes ({grid}) take turns on {cores} core{'s' if cores > 1 else ''}: right, but slow")
         sys.stdout.flush()
         sys.stderr.flush()
         for rank in range(count):

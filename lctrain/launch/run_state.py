@@ -94,8 +94,8 @@ def describe(state: RunState) -> list[tuple[str, str]]:
 def _run_text(state: RunState) -> str:
     if state.config is None:
         return str(state.run.path)
-    launcher = state.config.launcher
-    return f"{state.run.path}: {state.config.model.name}, {launcher.processes} process{'es' if launcher.processes > 1 else ''}"
+    count = state.config.processes
+    return f"{state.run.path}: {state.config.model.name}, {count} process{'es' if count > 1 else ''}"
 
 
 def _state_text(state: RunState) -> str:

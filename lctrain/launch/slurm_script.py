@@ -38,7 +38,7 @@ def render_script(config: TrainConfig, job: Job) -> str:
     launcher, slurm = config.launcher, config.launcher.slurm
     each = launcher.processes_per_node
     per_task = 1 if launcher.mode == "srun" else each
-    tasks = [f"--ntasks={launcher.processes // per_task}", f"--ntasks-per-node={each // per_task}"]
+    tasks = [f"--ntasks={config.processes // per_task}", f"--ntasks-per-node={each // per_task}"]
     if slurm.cpus_per_process:  # srun does not take it over from sbatch
         tasks.append(f"--cpus-per-task={slurm.cpus_per_process * per_task}")
     kept = shlex.quote(str(job.kept))

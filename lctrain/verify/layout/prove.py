@@ -43,7 +43,7 @@ def verify_layout(overrides: list[str], options: LayoutVerifyConfig) -> int:
         return _many(layouts, options, None)
     config = load(TrainConfig, "train", overrides)
     run = RunDir(config.run_dir).path
-    if config.launcher.processes > 1:
+    if config.processes > 1:
         with progress("verify layout", 1, "layouts") as advance, Prover(options) as prover:
             report = prover.prove(_name(config), config)
             advance(1)
@@ -51,7 +51,7 @@ def verify_layout(overrides: list[str], options: LayoutVerifyConfig) -> int:
         store([report], options, run)
         return int(not report.passed)
     grid = {name: load(TrainConfig, "train", [*overrides, *words]) for name, words in grid_of(config).items()}
-    say(f"launcher.processes=1 names no layout: {config.model.name} is proved on {len(grid)} of up to 4 processes")
+    say(f"one process is no layout: {config.model.name} is proved on {len(grid)} of up to 4 processes")
     return _many(grid, options, run)
 
 
@@ -99,7 +99,7 @@ class Prover:
         problem = None
         try:
             reference = self.reference(config)
-            found = self._run(config.launcher.processes, prove, config, changed)[0]
+            found = self._run(config.processes, prove, config, changed)[0]
             one = reference_of(config)
             loaded = self._run(1, load_checkpoint, one, found.checkpoint)[0]
             places = parameter_places(build_model(one))
@@ -153,8 +153,7 @@ def _pool(processes: int, engine: str) -> Iterator[RankPool]:
 
 def _name(config: TrainConfig) -> str:
     parallel = config.parallel
-    sizes = {"dp": config.check_layout(config.launcher.processes)}
-    sizes |= {name: getattr(parallel, name) for name in ("cp", "tp", "pp", "ep", "etp")}
+    sizes = {name: config.grid[name] for name in ("dp", "cp", "tp", "pp")} | {"ep": parallel.ep, "etp": parallel.etp}
     shown = " ".join(f"{name}{size}" for name, size in sizes.items() if size > 1)
     return f"{config.model.name} {config.engine.name} {shown} {parallel.attention} {parallel.layout}"
 

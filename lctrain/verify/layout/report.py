@@ -68,7 +68,7 @@ def print_matrix(reports: list[LayoutReport]) -> None:
     lines = [
         (
             report.name,
-            report.config.launcher.processes,
+            report.config.processes,
             *(
                 _worst(report, prefix)
                 for prefix in ("loss", "grad norm", "gradients", "weights", "optimizer", "leak", "resumed")

@@ -22,7 +22,7 @@ def shrink(config: TrainConfig, options: LayoutVerifyConfig) -> tuple[TrainConfi
     gets a large epsilon: with the usual one its first steps turn rounding in a near-zero gradient into a full-size update.
     """
     tree = config.model_dump()
-    tree["launcher"] = {"processes": config.launcher.processes}  # wherever the run will be launched, the proof runs here
+    tree["launcher"] = {"processes": config.processes}  # wherever the run will be launched, the proof runs here
     notes = _shrink_grid(tree, options.processes)
     _shrink_model(tree["model"], tree["parallel"], options.length)
     if config.engine.dtype != "fp32":

@@ -80,7 +80,7 @@ MATRIX: dict[str, str] = {
     **{name: f"{words} engine.name=megatron" for name, words in MEGATRON.items()},
     **{name: f"{words} engine.name=deepspeed" for name, words in DEEPSPEED.items()},
 }
-"""Name -> overrides of `lctrain train`; launcher.processes follows from the grid."""
+"""Name -> overrides of `lctrain train`."""
 
 QUICK = (
     "dense torch cp3 token_ring",
@@ -99,12 +99,7 @@ QUICK = (
 
 def load_layout(overrides: str) -> TrainConfig:
     """A layout of the matrix, as a user's command line would give it."""
-    words = overrides.split()
-    sizes = dict(word.split("=") for word in words if word.startswith("parallel."))
-    processes = 1
-    for name in ("dp", "cp", "tp", "pp"):
-        processes *= int(sizes.get(f"parallel.{name}", 1))
-    return load(TrainConfig, "train", [*words, f"launcher.processes={processes}", "run_dir=unused"])
+    return load(TrainConfig, "train", [*overrides.split(), "run_dir=unused"])
 
 
 def grid_of(config: TrainConfig) -> dict[str, list[str]]:
@@ -124,6 +119,6 @@ def grid_of(config: TrainConfig) -> dict[str, list[str]]:
                 found[f"{name} {layout}" if cp > 1 else name] = [
                     *sizes,
                     f"parallel.layout={layout}",
-                    f"launcher.processes={dp * cp}",
+                    "launcher.processes=null",
                 ]
     return found

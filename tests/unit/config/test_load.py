@@ -70,7 +70,7 @@ class TestAccepted:
 
     def test_recipe_overrules_groups_and_arguments_overrule_the_recipe(self):
         config = train("recipe=demo", "trainer.steps=30")
-        assert (config.parallel.cp, config.launcher.processes, config.trainer.steps) == (2, 4, 30)
+        assert (config.parallel.cp, config.launcher.processes, config.trainer.steps) == (2, 2, 30)
 
     def test_interpolation_reaches_a_default_of_the_schema(self):
         assert train("run_dir=runs/s${trainer.seed}").run_dir == "runs/s0"
