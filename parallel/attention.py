@@ -18,7 +18,8 @@ from lctrain.parallel.layout import SequenceLayout
 from lctrain.parallel.mask import AttentionMask
 from lctrain.parallel.payload import AttentionShape
 from lctrain.parallel.placement import Placement
-from lctrain.parallel.plan import make_plan
+from lctrain.parallel.plan import AttentionPlan, make_plan
+from lctrain.parallel.schedule import Direction
 from lctrain.parallel.strategy import Strategy
 
 
@@ -142,6 +143,38 @@ def sequence_parallel_latent_attention(
     return ToTokens.apply(out, exchange)
 
 
+def prepare_attention(
+    layout: SequenceLayout,
+    mask: AttentionMask,
+    rank: int,
+    strategy: Strategy,
+    n_heads: int,
+    n_kv_heads: int,
+    *,
+    latent: bool = False,
+    gradients: bool = True,
+) -> tuple[AttentionPlan, ...]:
+    """The plans of `rank` that attention over heads (or latents) will ask for, made now.
+
+    Calls find them for as long as somebody holds them; a call whose plans nobody has made makes them itself.
+
+    Args:
+        n_heads, n_kv_heads: of the tensors that the call gets; for latents n_heads is given twice.
+        gradients: make those for backward too.
+    """
+    size = strategy.group_size(layout.world_size, n_kv_heads)
+    if size == 1:
+        return _plans(strategy, layout, mask, rank, 1 if latent else n_kv_heads, gradients)
+    grouped = strategy.grouped(layout, n_kv_heads)
+    index, members = next((i, members) for i, members in enumerate(grouped.groups) if rank in members)
+    split, me = split_heads(n_heads, n_kv_heads, size), members.index(rank)
+    heads, kv_heads = (end - first for first, end in (split.q[me], split.kv[me]))
+    if not heads:
+        return ()
+    kv_heads = 1 if latent else kv_heads if split.is_uniform(me) else heads
+    return _plans(strategy, grouped, mask, index, kv_heads, gradients)
+
+
 def _scheduled(
     q: Tensor,
     sinks: Tensor | None,
@@ -155,9 +188,16 @@ def _scheduled(
     make_keys: Callable[..., Keys],
     *sources: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    name, node = strategy.schedule_name(), strategy.node_size(placement.world_size)
-    plans = tuple(make_plan(name, placement, mask, rank, way, kv_heads, node) for way in ("forward", "backward"))
+    plans = _plans(strategy, placement, mask, rank, kv_heads, torch.is_grad_enabled())
     return ScheduledAttention.apply(q, sinks, plans, group, scale, make_keys, *sources)
+
+
+def _plans(
+    strategy: Strategy, placement: Placement, mask: AttentionMask, rank: int, kv_heads: int, gradients: bool
+) -> tuple[AttentionPlan, ...]:
+    name, node = strategy.schedule_name(), strategy.node_size(placement.world_size)
+    ways: tuple[Direction, ...] = ("forward", "backward") if gradients else ("forward",)
+    return tuple(make_plan(name, placement, mask, rank, way, kv_heads, node) for way in ways)
 
 
 def _check(

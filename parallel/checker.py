@@ -6,10 +6,14 @@ matched by a receive that its peer starts in the same step, and a rank starts al
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter, defaultdict
 from typing import NoReturn
 
 from lctrain.parallel.schedule import COPIES, SUMS, Item, Schedule, Tile, TileMap
+
+Message = tuple[int, int, Item, int]
+"""Source, target, what, and the step that it is due in."""
 
 
 class ScheduleError(AssertionError):
@@ -42,28 +46,37 @@ class _Check:
             self.fail("ranks disagree on the number of steps")
         self.check_matching()
         held = [self.walk_copies(rank) for rank in range(self.schedule.world_size)]
-        computed, wanted = Counter(self.walk_sums(held)), Counter(self.tiles.every_tile(self.schedule.slices))
-        for tile in computed | wanted if computed != wanted else ():
+        computed = self.walk_sums(held)
+        if not self.tiles.are_all(computed, self.schedule.slices):
+            self.name_wrong_tile(Counter(computed), Counter(self.tiles.every_tile(self.schedule.slices)))
+
+    def name_wrong_tile(self, computed: Counter[Tile], wanted: Counter[Tile]) -> NoReturn:
+        for tile in computed | wanted:
             if not wanted[tile]:
                 self.fail(f"dead {tile} is computed")
             if computed[tile] != 1:
                 self.fail(f"live {tile} is not computed exactly once")
+        raise AssertionError("some tile is wrong, or this would not have been asked for")
 
     def check_matching(self) -> None:
         """Every transfer appears on both sides, in the same step and due in the same step."""
+        kinds = frozenset(COPIES + SUMS)
         for index in range(self.steps):
-            sent: Counter[tuple[object, ...]] = Counter()
-            received: Counter[tuple[object, ...]] = Counter()
-            for rank, steps in enumerate(self.schedule.ranks):
-                sent.update((rank, t.peer, t.item, t.until) for t in steps[index].sends)
-                received.update((t.peer, rank, t.item, t.until) for t in steps[index].receives)
-                for t in (*steps[index].sends, *steps[index].receives):
-                    if t.peer == rank or t.item.kind not in COPIES + SUMS or not index <= t.until < self.steps:
+            ranks = [(rank, steps[index]) for rank, steps in enumerate(self.schedule.ranks)]
+            for rank, step in ranks:
+                for t in (*step.sends, *step.receives):
+                    if t.peer == rank or t.item.kind not in kinds or not index <= t.until < self.steps:
                         self.fail(f"bad transfer {t} of rank {rank}", index)
-            if sent != received:
-                self.fail(f"not both sent and received: {next(iter((sent - received) + (received - sent)))}", index)
-            if sent and max(sent.values()) > 1:
-                self.fail(f"sent twice: {sent.most_common(1)[0][0]}", index)
+            sent = [(rank, peer, item, until) for rank, step in ranks for item, peer, until in step.sends]
+            received = [(peer, rank, item, until) for rank, step in ranks for item, peer, until in step.receives]
+            if not len(sent) == len(received) == len(once := set(sent)) or once != set(received):
+                self.name_unmatched(Counter(sent), Counter(received), index)
+
+    def name_unmatched(self, sent: Counter[Message], received: Counter[Message], index: int) -> NoReturn:
+        for source, target, item, until in (sent - received) + (received - sent):
+            self.fail(f"{item} from rank {source} to {target}, due in step {until}, is not both sent and received", index)
+        source, target, item, _ = sent.most_common(1)[0][0]
+        self.fail(f"{item} is sent twice from rank {source} to {target}", index)
 
     def walk_copies(self, rank: int) -> list[int]:
         """Copies are there when used or sent on; returns the foreign copies held in each step, from posting to last use."""
@@ -71,30 +84,31 @@ class _Check:
         usable: dict[Item, int] = {}
         last_use: dict[Item, int] = {}
         for index, step in enumerate(self.schedule.ranks[rank]):
-            used = [item for tile in step.tiles for item in (Item("q", tile.q, tile.heads), Item("kv", tile.k, tile.heads))]
-            used += [t.item for t in step.sends if t.item.kind in COPIES]
+            used = {Item("q", q, heads) for q, _, heads in step.tiles if q.owner != rank}
+            used.update([Item("kv", k, heads) for _, k, heads in step.tiles if k.owner != rank])
+            used.update([t.item for t in step.sends if t.item.kind in COPIES and t.item.chunk.owner != rank])
             for item in used:
-                if item.chunk.owner != rank:
-                    if usable.get(item, self.steps) > index:
-                        self.fail(f"rank {rank} uses {item}, which has not arrived", index)
-                    last_use[item] = index
+                if usable.get(item, self.steps) > index:
+                    self.fail(f"rank {rank} uses {item}, which has not arrived", index)
+                last_use[item] = index
             for t in step.receives:
                 if t.item.kind in COPIES:
                     if t.item in posted or t.item.chunk.owner == rank:
                         self.fail(f"rank {rank} receives {t.item}, which it has", index)
                     posted[t.item], usable[t.item] = index, t.until + 1
-        held = [0] * self.steps
+        more = [0] * (self.steps + 1)
         for item, since in posted.items():
             if item not in last_use:
                 self.fail(f"rank {rank} receives {item} and never uses it")
-            for index in range(since, last_use[item] + 1):
-                held[index] += 1
-        return held
+            more[since] += 1
+            more[last_use[item] + 1] -= 1
+        return list(itertools.accumulate(more))
 
     def walk_sums(self, held: list[list[int]]) -> list[Tile]:
         """Follow partial results home; returns all tiles that were computed, each of which is in the results as often."""
         kinds = ("out",) if self.schedule.direction == "forward" else ("dq", "dkv")
-        here: list[dict[Item, list[Tile]]] = [defaultdict(list) for _ in self.schedule.ranks]
+        here: list[dict[Item, list[Tile]]] = [defaultdict(list) for _ in self.schedule.ranks]  # for chunks of others
+        done: dict[str, list[Tile]] = {kind: [] for kind in kinds}
         due: dict[int, list[tuple[int, Item, list[Tile]]]] = defaultdict(list)
         arriving = [0] * len(here)
         computed: list[Tile] = []
@@ -112,20 +126,22 @@ class _Check:
                 computed += steps[index].tiles
                 for kind in kinds:
                     for tile in steps[index].tiles:
-                        here[rank][Item(kind, tile.k if kind == "dkv" else tile.q, tile.heads)].append(tile)
-                foreign = held[rank][index] + arriving[rank] + sum(item.chunk.owner != rank for item in here[rank])
+                        chunk = tile.k if kind == "dkv" else tile.q
+                        result = done[kind] if chunk.owner == rank else here[rank][Item(kind, chunk, tile.heads)]
+                        result.append(tile)
+                foreign = held[rank][index] + arriving[rank] + len(here[rank])
                 if foreign > self.schedule.buffers:
                     self.fail(f"rank {rank} holds {foreign} foreign items, promised are {self.schedule.buffers}", index)
             for target, item, content in due.pop(index, []):
                 arriving[target] -= 1
-                here[target][item] += content
-        done: dict[str, list[Tile]] = {kind: [] for kind in kinds}
+                if item.chunk.owner == target:
+                    done[item.kind] += content
+                else:
+                    here[target][item] += content
         for rank, sums in enumerate(here):
-            for item, content in sums.items():
-                if item.chunk.owner != rank:
-                    self.fail(f"{item} ends on rank {rank}")
-                done[item.kind] += content
+            for item in sums:
+                self.fail(f"{item} ends on rank {rank}")
         for kind, content in done.items():
-            if Counter(content) != Counter(computed):
+            if len(content) != len(computed) or set(content) != set(computed):
                 self.fail(f"{kind}: what is computed and what arrives differ")
         return computed

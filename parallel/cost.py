@@ -112,7 +112,7 @@ def _of_plan(
             Send(
                 t.item.kind,
                 t.peer if peers is None else peers[t.peer],
-                item_bytes(t.item.kind, plan.schedule, shape, t.item.heads, plan.placement.chunk_length),
+                item_bytes(t.item.kind, plan, shape, t.item.heads, plan.placement.chunk_length),
                 t.until + first,
             )
             for t in step.step.sends
@@ -122,7 +122,7 @@ def _of_plan(
 
 
 def _calls(work: Work, plan: AttentionPlan, mask: AttentionMask, shape: AttentionShape) -> list[Call]:
-    q0, q1 = shape.split(plan.schedule.slices).q[work.heads]
+    q0, q1 = shape.split(plan.slices).q[work.heads]
     calls = []
     for row0, row1, band in work.bands:
         rows = shape.batch if row1 is None else row1 - row0

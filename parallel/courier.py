@@ -51,7 +51,7 @@ class Courier:
     ) -> None:
         self._plan, self._group, self._shape, self._device = plan, group, shape, device
         self._pack, self._fold = pack, fold
-        self._split = shape.split(plan.schedule.slices)
+        self._split = shape.split(plan.slices)
         self._size = plan.placement.chunk_length
         self._copies: dict[Item, Tensors] = {}
         self._held: dict[Item, _Held] = {}
@@ -139,8 +139,7 @@ class Courier:
         return tuple(make(tokens, *part.tail, dtype=part.dtype, device=self._device) for part in self._parts(item))
 
     def _parts(self, item: Item) -> tuple[Part, ...]:
-        schedule = self._plan.schedule
-        return payload(item.kind, schedule.direction, self._shape, self._split, item.heads, schedule.rounded)
+        return payload(item.kind, self._plan.direction, self._shape, self._split, item.heads, self._plan.rounded)
 
 
 def _add(kind: str, total: Tensors, more: Tensors) -> None:

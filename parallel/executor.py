@@ -31,7 +31,7 @@ class ScheduledAttention(torch.autograd.Function):
         ctx: Any,
         q: Tensor,
         sinks: Tensor | None,
-        plans: tuple[AttentionPlan, AttentionPlan],
+        plans: tuple[AttentionPlan, ...],
         group: RankGroup,
         scale: float,
         make_keys: Callable[..., Keys],
@@ -39,7 +39,7 @@ class ScheduledAttention(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         """q: [B, T, H, D], T = placement.local_length; sinks: [H]; make_keys(*sources, wide=accumulation dtype) -> Keys.
 
-        Returns out like q, lse [B, H, T].
+        plans: for forward and, where gradients are wanted, backward. Returns out like q, lse [B, H, T].
         """
         whole = plans[0].whole
         keys = make_keys(*sources, wide=fused.accumulation_dtype(q.dtype))
@@ -51,7 +51,7 @@ class ScheduledAttention(torch.autograd.Function):
             out, lse = add_sinks(out, lse, sinks)
         out = out.to(q.dtype)
         ctx.save_for_backward(q, out, lse, sinks, *sources)
-        ctx.plan, ctx.group, ctx.scale, ctx.make_keys = plans[1], group, scale, make_keys
+        ctx.plan, ctx.group, ctx.scale, ctx.make_keys = plans[-1], group, scale, make_keys
         ctx.mark_non_differentiable(lse)
         return out, lse
 
@@ -84,7 +84,7 @@ class _Run:
         self.q, self.kv, self.plan, self.scale = q, keys, plan, scale
         self.wide = fused.accumulation_dtype(q.dtype)
         shape = AttentionShape(q.shape[0], q.shape[2], keys.n_kv_heads, q.shape[3], q.dtype, keys.latent)
-        self.split = shape.split(plan.schedule.slices)
+        self.split = shape.split(plan.slices)
         self.size = plan.placement.chunk_length
         self.courier = Courier(plan, group, shape, self.pack, self.fold, q.device)
 

@@ -5,13 +5,29 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 
 from lctrain.kernels.attention.fused import accumulation_dtype
 from lctrain.parallel.heads import HeadSplit, split_heads
 from lctrain.parallel.schedule import Direction, Schedule
+
+
+class Terms(Protocol):
+    """What a Schedule and every rank's AttentionPlan of it say of all items alike; see Schedule."""
+
+    @property
+    def direction(self) -> Direction:
+        """Forward or backward."""
+
+    @property
+    def slices(self) -> int:
+        """Parts into which the heads are split."""
+
+    @property
+    def rounded(self) -> tuple[str, ...]:
+        """Kinds of gradients that travel in the inputs' dtype."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,9 +97,9 @@ def payload(
     return parts[kind]
 
 
-def item_bytes(kind: str, schedule: Schedule, shape: AttentionShape, heads: int, chunk_length: int) -> int:
+def item_bytes(kind: str, terms: Terms, shape: AttentionShape, heads: int, chunk_length: int) -> int:
     """Bytes of one item of a schedule."""
-    parts = payload(kind, schedule.direction, shape, shape.split(schedule.slices), heads, schedule.rounded)
+    parts = payload(kind, terms.direction, shape, shape.split(terms.slices), heads, terms.rounded)
     return chunk_length * sum(part.bytes_per_token for part in parts)
 
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 import dataclasses
 from functools import lru_cache
 from typing import NamedTuple
+from weakref import WeakValueDictionary
 
 from lctrain.kernels.attention.band import Band, join_all
 from lctrain.parallel.mask import AttentionMask, RowBand
 from lctrain.parallel.pieces import Pieces, in_pieces
 from lctrain.parallel.placement import Placement
-from lctrain.parallel.schedule import COPIES, Direction, Item, Schedule, Step, Tile, TileMap
+from lctrain.parallel.schedule import COPIES, Direction, Item, Step, Tile, TileMap
 from lctrain.parallel.strategies import Problem, make_schedule
 
 
@@ -40,30 +41,49 @@ class PlannedStep(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class AttentionPlan:
-    """What one rank does in one direction.
+    """What one rank does in one direction; of the schedule, only what this rank needs is kept.
 
+    slices, rounded: see Schedule.
     whole: the single band that is all of the work, if it covers every row of the batch and needs no communication; the
         executor then returns the kernel's own result without accumulators.
     """
 
     placement: Placement
     rank: int
-    schedule: Schedule
+    direction: Direction
+    slices: int
+    rounded: tuple[str, ...]
     steps: tuple[PlannedStep, ...]
     whole: RowBand | None
 
 
-@lru_cache(maxsize=16)
+@lru_cache(maxsize=4)  # forward and backward, and all ranks of a schedule, ask for the same one after the other
 def live_tiles(placement: Placement, mask: AttentionMask) -> TileMap:
     """The live tiles of a masked layout."""
     return TileMap(placement, mask, placement.pieces if isinstance(placement, Pieces) else 1)
 
 
-@lru_cache(maxsize=32)  # all layers of a model ask for the same few; at 64 ranks each is megabytes
+_held: WeakValueDictionary[tuple[object, ...], AttentionPlan] = WeakValueDictionary()
+
+
+@lru_cache(maxsize=32)  # all layers of a model ask for the same few
 def make_plan(
     strategy: str, placement: Placement, mask: AttentionMask, rank: int, direction: Direction, n_kv_heads: int, node: int
 ) -> AttentionPlan:
-    """The plan of `rank` for a checked schedule; its placement may be finer than the given one (see pieces)."""
+    """The plan of `rank` for a checked schedule; its placement may be finer than the given one (see pieces).
+
+    Made once for as long as anyone holds it: what is prepared for a batch ahead of its step is found in the step.
+    """
+    key = strategy, placement, mask, rank, direction, n_kv_heads, node
+    plan = _held.get(key)
+    if plan is None:
+        plan = _held[key] = _build(*key)
+    return plan
+
+
+def _build(
+    strategy: str, placement: Placement, mask: AttentionMask, rank: int, direction: Direction, n_kv_heads: int, node: int
+) -> AttentionPlan:
     placement = in_pieces(placement, mask)
     live = live_tiles(placement, mask)
     schedule = make_schedule(strategy, Problem(live, direction, n_kv_heads, node))
@@ -78,7 +98,8 @@ def make_plan(
         work = tuple(_work(mask, placement, tiles, live) for tiles in _by_owners(step.tiles))
         drops = tuple(item for item, last in last_use.items() if last == index)
         planned.append(PlannedStep(step, work, drops))
-    return AttentionPlan(placement, rank, schedule, tuple(planned), _whole(planned, placement, mask))
+    whole = _whole(planned, placement, mask)
+    return AttentionPlan(placement, rank, direction, schedule.slices, schedule.rounded, tuple(planned), whole)
 
 
 def _by_owners(tiles: tuple[Tile, ...]) -> list[list[Tile]]:

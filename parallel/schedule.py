@@ -21,6 +21,8 @@ import dataclasses
 from collections import Counter
 from typing import Literal, NamedTuple
 
+import numpy as np
+
 from lctrain.parallel.live import live_pairs
 from lctrain.parallel.mask import AttentionMask
 from lctrain.parallel.placement import Placement
@@ -113,6 +115,9 @@ class TileMap:
         self._key = (self.world_size, self.chunks, pieces, live.tobytes())
         self._live: list[list[bool]] = live.tolist()  # read one by one, for which lists are faster than arrays
         self._chunks = [tuple(Chunk(rank, part) for part in range(self.chunks)) for rank in range(self.world_size)]
+        self._all = [chunk for own in self._chunks for chunk in own]
+        self._place = {chunk: at for at, chunk in enumerate(self._all)}
+        self._partners = {"q": _live_columns(live), "kv": _live_columns(live.T)}
 
     def __hash__(self) -> int:
         return hash(self._key)
@@ -134,7 +139,31 @@ class TileMap:
         rows = [(q, self._live[q.owner * self.chunks + q.part]) for q in queries]
         return tuple([Tile(q, k, heads) for q, live in rows for k, at in columns if live[at]])
 
+    def visits(self, chunk: Chunk, moving: Literal["q", "kv"], heads: int = 0) -> dict[int, list[Tile]]:
+        """By rank, the live tiles of a chunk that goes there as queries ("q") or as keys ("kv")."""
+        found: dict[int, list[Tile]] = {}
+        for at in self._partners[moving][self._place[chunk]]:
+            other = self._all[at]
+            tile = Tile(chunk, other, heads) if moving == "q" else Tile(other, chunk, heads)
+            found.setdefault(other.owner, []).append(tile)
+        return found
+
+    def are_all(self, tiles: list[Tile], slices: int) -> bool:
+        """Whether these are the live tiles for every slice of the heads, each once."""
+        if len(tiles) != slices * sum(map(len, self._partners["q"])) or len(set(tiles)) != len(tiles):
+            return False
+        live, place = self._live, self._place
+        return all(q in place and k in place and live[place[q]][place[k]] and 0 <= heads < slices for q, k, heads in tiles)
+
     def every_tile(self, slices: int) -> list[Tile]:
         """Every live tile, for every slice of the heads."""
         chunks = tuple(chunk for own in self._chunks for chunk in own)
         return [tile for heads in range(slices) for tile in self.tiles(chunks, chunks, heads)]
+
+
+def _live_columns(live: np.ndarray) -> list[list[int]]:
+    """For every row, the columns that are True."""
+    rows, columns = np.nonzero(live)
+    ends = np.searchsorted(rows, np.arange(len(live)), side="right").tolist()
+    found = columns.tolist()
+    return [found[first:end] for first, end in zip([0, *ends], ends, strict=False)]

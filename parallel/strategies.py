@@ -49,6 +49,9 @@ class Problem:
         return self.direction == "backward"
 
 
+_IDLE = Step()
+
+
 class _Plan:
     """Collects tiles and transfers; a transfer is entered once and appears on both sides."""
 
@@ -76,7 +79,9 @@ class _Plan:
         ranks = []
         for tiles, sends, receives in zip(self.tiles, self.sends, self.receives, strict=True):
             steps = zip(tiles, sends, receives, strict=True)
-            ranks.append(tuple(Step(tuple(t), tuple(sorted(s)), tuple(sorted(r))) for t, s, r in steps))
+            ranks.append(
+                tuple(Step(tuple(t), tuple(sorted(s)), tuple(sorted(r))) if t or s or r else _IDLE for t, s, r in steps)
+            )
         return Schedule(strategy, self.problem.direction, tuple(ranks), slices, buffers, rounded)
 
 
@@ -110,21 +115,19 @@ def _go_round(
 ) -> None:
     """Send every wanted chunk of queries or keys round to the ranks that need it, compute there, bring the results home."""
     live, backward = plan.problem.live, plan.problem.backward
-    for chunk in (chunk for owner in range(way.world) for chunk in live.chunks_of(owner) if wanted(chunk)):
-        stops: dict[int, int] = {}
-        for step in range(1, way.world):
-            rank = way.rank_at(chunk.owner, step)
-            there = live.chunks_of(rank)
-            tiles = live.tiles((chunk,), there, heads) if moving == "q" else live.tiles(there, (chunk,), heads)
-            if tiles:
-                plan.tiles[rank][step] += tiles
-                stops[step] = rank
-        for step, rank in stops.items():
-            start = way.before(step)
-            plan.transfer(Item(moving, chunk, heads), stops.get(start, chunk.owner), rank, start, until=step - 1)
-        result = "dkv" if backward and moving == "kv" else "dq" if backward else "out"
-        if moving == "q" or backward:
-            _bring_home(plan, way, Item(result, chunk, heads), stops)
+    for owner in range(way.world):
+        route = [(step, way.rank_at(owner, step)) for step in range(1, way.world)]
+        for chunk in filter(wanted, live.chunks_of(owner)):
+            visits = live.visits(chunk, moving, heads)
+            stops = {step: rank for step, rank in route if rank in visits}
+            item = Item(moving, chunk, heads)
+            for step, rank in stops.items():
+                plan.tiles[rank][step] += visits[rank]
+                start = way.before(step)
+                plan.transfer(item, stops.get(start, owner), rank, start, until=step - 1)
+            result = "dkv" if backward and moving == "kv" else "dq" if backward else "out"
+            if moving == "q" or backward:
+                _bring_home(plan, way, Item(result, chunk, heads), stops)
 
 
 def _bring_home(plan: _Plan, way: _Round, item: Item, stops: dict[int, int]) -> None:
@@ -184,9 +187,8 @@ def _all_gather(problem: Problem) -> Schedule:
     plan = _Plan(problem, (3 if backward else 2) if world > 1 else 1)
     plan.local(0, split=backward and world > 1)
     for chunk in (chunk for owner in range(world) for chunk in live.chunks_of(owner)):
-        for rank in range(world):
-            tiles = live.tiles(live.chunks_of(rank), (chunk,))
-            if rank != chunk.owner and tiles:
+        for rank, tiles in live.visits(chunk, "kv").items():
+            if rank != chunk.owner:
                 plan.tiles[rank][1] += tiles
                 plan.transfer(Item("kv", chunk), chunk.owner, rank, 0)
                 if backward:
@@ -210,7 +212,7 @@ def default_node(world_size: int) -> int:
     return max(n for n in range(1, math.isqrt(world_size) + 1) if world_size % n == 0)
 
 
-@lru_cache(maxsize=64)  # at 64 ranks a schedule is megabytes, and packed documents ask for new ones all the time
+@lru_cache(maxsize=4)  # at 64 ranks a schedule is megabytes; what is kept for longer is a rank's plan
 def make_schedule(strategy: str, problem: Problem) -> Schedule:
     """The checked schedule of a strategy; ValueError for an unknown strategy or a node size that does not divide."""
     if strategy not in STRATEGIES:

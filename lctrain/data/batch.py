@@ -9,6 +9,7 @@ import numpy as np
 from torch import Tensor
 
 from lctrain.parallel.layout import SequenceLayout
+from lctrain.parallel.plan import AttentionPlan
 
 
 class DocumentSpan(NamedTuple):
@@ -43,6 +44,8 @@ class MicroBatch:
     tokens, labels, positions: int64 [B, layout.local_length], this rank's shard (positions restart in every document).
     borders: per row, the global document borders (see PackedSample).
     targets: valid labels in the whole rows, over all context-parallel ranks.
+    plans: this rank's plans for attention over these documents, ready for layers to find (see lctrain.attention_plans); without
+        them layers make their own.
     """
 
     tokens: Tensor
@@ -53,6 +56,7 @@ class MicroBatch:
     targets: int
     samples: tuple[int, ...]
     spans: tuple[tuple[DocumentSpan, ...], ...]
+    plans: tuple[AttentionPlan, ...] = ()
 
     @property
     def tasks(self) -> tuple[tuple[int, ...], ...]:

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lctrain.attention_plans import Prepare, make_preparation
 from lctrain.config.schema import DataConfig, TrainConfig, TrainerConfig
 from lctrain.data.batch import MicroBatch, PackedSample, StepBatch
 from lctrain.data.digest import DIGEST_BITS, sample_digest
@@ -18,6 +19,8 @@ from lctrain.models.pattern import parse_pattern
 from lctrain.parallel.deal import make_layout
 from lctrain.parallel.layout import IGNORE, SequenceLayout, count_targets, document_positions, shift_labels
 from lctrain.parallel.mesh import ProcessMesh
+
+CPU = torch.device("cpu")
 
 
 class Samples(Protocol):
@@ -31,9 +34,18 @@ class Samples(Protocol):
 
 
 def make_loader(
-    config: TrainConfig, mesh: ProcessMesh, source: Samples, start: int, end: int | None = None, pin_memory: bool = False
+    config: TrainConfig,
+    mesh: ProcessMesh,
+    source: Samples,
+    start: int,
+    end: int | None = None,
+    device: torch.device = CPU,
+    gradients: bool = True,
 ) -> Loader:
-    """The loader of this rank for steps start .. end-1 (None: to the end of the run)."""
+    """The loader of this rank for steps start .. end-1 (None: to the end of the run).
+
+    device: where the model computes. gradients: whether these batches are trained on, not only evaluated.
+    """
     return Loader(
         source,
         config.parallel.layout,
@@ -45,8 +57,9 @@ def make_loader(
         config.data,
         start_step=start,
         stop_step=end,
-        pin_memory=pin_memory,
+        pin_memory=device.type == "cuda",
         window=shared_window(config),
+        prepare=make_preparation(config, mesh, device, gradients),
     )
 
 
@@ -65,6 +78,7 @@ class Loader:
 
     window: tokens that a query sees if all attention layers have this window, else None; the layout "balanced" evens out each
         micro-batch's work for it.
+    prepare: makes the attention plans that micro-batches bring; None: they bring none.
     wait_s: seconds that the consumer waited for the latest batch; near 0 while the threads keep up.
     An exception in a thread is raised by `next`, in the order of the steps. Use as a context manager or call `close`.
     """
@@ -83,11 +97,13 @@ class Loader:
         stop_step: int | None = None,
         pin_memory: bool = False,
         window: int | None = None,
+        prepare: Prepare | None = None,
     ) -> None:
         assert trainer.global_batch % (dp_size * trainer.micro_batch) == 0, "global batch not divisible over the ranks"
         self._source = source
         self._layout = (layout_kind, cp_size)
         self._window = window
+        self._prepare_plans = prepare
         self._cp_rank = cp_rank
         self._dp = (dp_rank, dp_size)
         self._trainer = trainer
@@ -189,6 +205,7 @@ class Loader:
             targets=count_targets(labels),
             samples=tuple(sample.index for sample in samples),
             spans=tuple(sample.spans for sample in samples),
+            plans=() if self._prepare_plans is None else self._prepare_plans(layout, borders),
         )
 
     def _mine(self, layout: SequenceLayout, rows: Tensor, pad: int) -> Tensor:

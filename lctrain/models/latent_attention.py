@@ -69,6 +69,16 @@ def travel_bytes(
     return TravelBytes(*totals)
 
 
+def latent_travels(
+    settings: LatentAttentionConfig, n_heads: int, strategy: Strategy, world_size: int, length: int, dtype: torch.dtype
+) -> bool:
+    """Whether latents travel between context-parallel ranks, and not keys and values of `n_heads` heads."""
+    if settings.travel != "auto" or world_size == 1:  # alone, keys and values need not be computed twice
+        return settings.travel == "latent"
+    sent = travel_bytes(settings, n_heads, strategy, world_size, length, dtype)
+    return sent.latent < sent.heads
+
+
 class LatentAttention(nn.Module):
     """Causal self-attention within documents, over a sequence that may be spread over ranks.
 
@@ -105,7 +115,7 @@ class LatentAttention(nn.Module):
         weight = self.kv_up.weight.to(x.dtype)
         q, strategy = F.pad(q, (0, self.size - self.qk_dim)), seq.strategy("+")
         over = {"layout": seq.layout, "mask": seq.mask(), "group": seq.group, "strategy": strategy, "scale": self.scale}
-        if self._latent_travels(seq, strategy, x.dtype):
+        if latent_travels(self.settings, self.n_heads, strategy, seq.group.size, seq.layout.length, x.dtype):
             mixed = sequence_parallel_latent_attention(q, latent, weight, self.expand, **over)
         else:
             mixed, _ = sequence_parallel_attention(q, *self.expand(latent, weight), need_lse=False, **over)
@@ -162,10 +172,3 @@ class LatentAttention(nn.Module):
     def _shared_linear(self, linear: Linear, x: Tensor) -> Tensor:
         """Every tensor-parallel rank forms all of a latent, but only its own heads' part of the gradient."""
         return F.linear(x, shared(self.parallel, linear.weight).to(x.dtype))
-
-    def _latent_travels(self, seq: SequenceMeta, strategy: Strategy, dtype: torch.dtype) -> bool:
-        travel = self.settings.travel
-        if travel != "auto" or seq.group.size == 1:  # alone, keys and values need not be computed twice
-            return travel == "latent"
-        sent = travel_bytes(self.settings, self.n_heads, strategy, seq.group.size, seq.layout.length, dtype)
-        return sent.latent < sent.heads
