@@ -18,7 +18,7 @@ from lctrain.convert.formats import open_input, open_ours
 from lctrain.convert.function import differences
 from lctrain.convert.mapping import Translated, WeightMap
 from lctrain.convert.native import is_native
-from lctrain.convert.opened import Opened
+from lctrain.convert.opened import Opened, UnknownModel
 from lctrain.convert.stream import Source
 from lctrain.engines.base import Engine
 from lctrain.errors import UserError
@@ -36,7 +36,13 @@ def open_weights(path: str, checked: bool = True) -> Opened:
     if not Path(path).exists():
         raise UserError(f"init_from={path} does not exist: name a model folder, a run, a checkpoint or a Hugging Face model")
     options = ConvertConfig(to="lctrain", input=path)
-    return open_ours(Path(path), options, checked) if is_native(Path(path)) else open_input(options)[1]
+    try:
+        return open_ours(Path(path), options, checked) if is_native(Path(path)) else open_input(options)[1]
+    except UnknownModel:
+        raise UserError(
+            f"init_from={path} does not say what model it is: convert it first with lctrain convert to=lctrain input={path}"
+            " config=FILE.yaml output=FOLDER, where FILE.yaml has the model's settings"
+        ) from None
 
 
 def check_initial(config: TrainConfig) -> list[str]:

@@ -28,7 +28,7 @@ from lctrain.convert.huggingface import from_theirs
 from lctrain.convert.keys import NAME, read_config
 from lctrain.convert.mapping import Translated, WeightMap
 from lctrain.convert.native import NOTE, read_model
-from lctrain.convert.opened import Opened, padded
+from lctrain.convert.opened import Opened, UnknownModel, padded
 from lctrain.convert.stream import Info, Source, Target
 from lctrain.errors import UserError
 
@@ -70,7 +70,7 @@ def open_deepspeed(path: Path, options: ConvertConfig) -> Opened:
     elif (folder / MODEL).exists():
         config = from_yaml(ModelConfig, (folder / MODEL).read_text())
     else:
-        raise UserError(
+        raise UnknownModel(
             f"{folder} does not say what model it is: add config=FILE.yaml with its settings, or config=FOLDER with the"
             f" {NAME} of Hugging Face, if its tensors are named so"
         )
@@ -128,8 +128,9 @@ def _zero(folder: Path) -> dict[str, tuple[torch.Size, list[Tensor]]]:
     ranks = {re.sub(r".*mp_rank_(\d+).*", r"\1", path.name) for path in states}
     if len(ranks) > 1 or list(folder.glob("layer_*")):
         raise UserError(
-            f"{folder} was written by {len(ranks)} tensor- or pipeline-parallel ranks: make it universal first, with"
-            " DeepSpeed's ds_to_universal.py"
+            f"{folder} was written by tensor- or pipeline-parallel ranks: make it universal first (python -m"
+            f" deepspeed.checkpoint.ds_to_universal --input_folder {folder} --output_folder {folder}_universal) and convert"
+            f" {folder}_universal"
         )
     state = load_torch(states[0])
     optimizers = sorted(folder.glob("*zero_pp_rank_*_mp_rank_*_optim_states.pt"), key=_rank_of)
@@ -229,14 +230,14 @@ class UniversalWriter:
         """See Target."""
         shape = self._infos[name].shape
         if name in self._names:
-            self._buffers[name] = torch.cat([block.float() for block in blocks]).reshape(shape).clone()
+            self._buffers[name] = torch.cat(list(blocks)).reshape(shape)
             return
         place = self._folder / TAG / "zero" / name
         place.mkdir(parents=True)
         with open(place / "fp32.pt", "x+b", buffering=0) as file:
             at = save_without_numbers({"param": torch.empty(shape), "cat_dim": self._axes.get(name, 0)}, file)
             for block in blocks:
-                data = bytes_of(block.float())
+                data = bytes_of(block)
                 write_at(file.fileno(), data, at)
                 at += len(data)
         zeros = torch.zeros(1).expand(shape.numel())
@@ -277,6 +278,8 @@ def plan_deepspeed(options: ConvertConfig, opened: Opened) -> Plan:
     """See Plan. Tensors are named as in our model."""
     from lctrain.models.model import LanguageModel
 
+    if options.dtype not in ("keep", "fp32"):
+        raise UserError(f"dtype={options.dtype}: universal checkpoints of DeepSpeed hold fp32 weights; leave dtype out")
     config = opened.config
     mapping = WeightMap.of(config, None)
     with torch.device("meta"):
@@ -292,4 +295,5 @@ def plan_deepspeed(options: ConvertConfig, opened: Opened) -> Plan:
         (folder / TAG / MODEL).write_text(to_yaml(config))
         (folder / "latest_universal").write_text(TAG)
 
-    return Plan(mapping, begin, finish, "a universal checkpoint (our names, fp32, moments zero)")
+    says = "a universal checkpoint (our names, fp32, moments zero)"
+    return Plan(mapping, begin, finish, says, dtype=torch.float32)

@@ -35,6 +35,7 @@ class Family:
     whole: rules of the tensors outside of layers. layers: of each symbol's, named relative to `layers.<n>.` and `prefix`.
     per_layer: how many of our sublayers one of their layers holds.
     dropped: prefixes of tensors of theirs that our model has no use for, and why.
+    lacks: what models of the family may have that our blocks do not, so that these are refused.
     """
 
     name: str
@@ -51,6 +52,7 @@ class Family:
     assumed: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     harmless: Sequence[str] = ()
     dropped: Callable[[ModelConfig], Mapping[str, str]] = _nothing
+    lacks: str = ""
 
     def model_config(self, content: Mapping[str, Any], accepted: Sequence[str] = ()) -> tuple[ModelConfig, list[str]]:
         """Our config for a config.json, and the keys of it that ask for nothing; UserError that names what we lack."""

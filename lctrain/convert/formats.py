@@ -7,6 +7,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
+
 from lctrain.config.convert import ConvertConfig
 from lctrain.config.model import ModelConfig
 from lctrain.convert.huggingface import finish_config, hf_target, open_hf
@@ -23,7 +25,8 @@ class Plan(NamedTuple):
     """What will be written.
 
     mapping: from ours to theirs. begin: opens the target in a folder, given theirs' shapes and dtypes. finish: writes the small
-    files, last of all the one without which the folder is no model. says: one line about it.
+    files, last of all the one without which the folder is no model. says: one line about it. dtype: what the format stores
+    everything in, if it has no choice.
     """
 
     mapping: WeightMap
@@ -31,6 +34,7 @@ class Plan(NamedTuple):
     finish: Callable[[Path, Mapping[str, Info]], None]
     says: str
     carries: str = ""
+    dtype: torch.dtype | None = None
 
 
 def detect(path: Path) -> str:

@@ -47,6 +47,9 @@ def list_families() -> None:
     """The table of families and of what can be done with each."""
     columns, rows = families_table()
     table(columns, rows)
+    for family in FAMILIES.values():
+        if family.lacks:
+            say(f"{family.name}: refused are {family.lacks}")
 
 
 def families_table() -> tuple[tuple[str, ...], list[tuple[str, ...]]]:

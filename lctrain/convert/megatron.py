@@ -24,7 +24,7 @@ from lctrain.convert.dcp_writer import DcpWriter, Slot
 from lctrain.convert.formats import Plan
 from lctrain.convert.mapping import Translated, WeightMap
 from lctrain.convert.native import NOTE, read_model
-from lctrain.convert.opened import Opened, padded
+from lctrain.convert.opened import Opened, UnknownModel, padded
 from lctrain.convert.stream import Info, Target
 from lctrain.errors import UserError
 
@@ -90,7 +90,7 @@ def open_megatron(path: Path, options: ConvertConfig) -> Opened:
     elif (path / MODEL).exists():
         config = from_yaml(ModelConfig, (path / MODEL).read_text())
     else:
-        raise UserError(f"{path} does not say what model it is: add config=FILE.yaml with its settings")
+        raise UnknownModel(f"{path} does not say what model it is: add config=FILE.yaml with its settings")
     source = MegatronFolder(path)
     note = json.loads((path / NOTE).read_text()) if (path / NOTE).exists() else {}
     stored = source.infos.get("embedding.word_embeddings.weight")

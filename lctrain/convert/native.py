@@ -19,6 +19,7 @@ from lctrain.config.model import ModelConfig
 from lctrain.config.render import from_yaml, render
 from lctrain.config.schema import TrainConfig
 from lctrain.convert.dcp import DcpFolder
+from lctrain.convert.opened import UnknownModel
 from lctrain.convert.safetensors import SafetensorsFolder
 from lctrain.convert.stream import Source
 from lctrain.errors import UserError
@@ -63,7 +64,7 @@ def open_native(path: Path, config_file: str | None = None, checked: bool = True
     elif run_config.exists():
         config = from_yaml(TrainConfig, run_config.read_text()).model
     else:
-        raise UserError(f"{checkpoint} stands in no run directory: say what model it is with config=FILE.yaml")
+        raise UnknownModel(f"{checkpoint} stands in no run directory: say what model it is with config=FILE.yaml")
     return Native(config, DcpFolder(checkpoint, "model/"), None, {})
 
 

@@ -8,6 +8,11 @@ from pathlib import Path
 from lctrain.config.model import ModelConfig
 from lctrain.convert.mapping import WeightMap
 from lctrain.convert.stream import Source
+from lctrain.errors import UserError
+
+
+class UnknownModel(UserError):
+    """Weights that do not say what model they are of."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -73,8 +73,8 @@ def _dtypes(options: ConvertConfig, opened: Opened, plan: Plan) -> dict[str, Inf
     for name, info in opened.ours.infos.items():
         if name not in plan.mapping.ours:
             continue
-        dtype = info.dtype
-        if options.dtype != "keep" and name not in plan.mapping.fp32:
+        dtype = plan.dtype or info.dtype
+        if plan.dtype is None and options.dtype != "keep" and name not in plan.mapping.fp32:
             dtype = torch.float16 if options.dtype == "fp16" else DTYPES[options.dtype]
         found[name] = Info(info.shape, dtype)
     return found

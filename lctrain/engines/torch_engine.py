@@ -113,7 +113,11 @@ class TorchEngine:
 
     def state(self) -> dict[str, Any]:
         """See Engine."""
+        fresh = not self.optimizer.state
         model, optimizer = get_state_dict(self.model, self.optimizer)
+        if fresh:  # torch has made a step of size zero for there to be a state, and counts it
+            for entry in self.optimizer.state.values():
+                entry["step"].zero_()
         return self.cut.in_state(self.cut.described, {"model": model, "optimizer": optimizer})
 
     def load_state(self, state: dict[str, Any]) -> None:

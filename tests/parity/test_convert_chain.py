@@ -12,7 +12,7 @@ from lctrain.config.convert import ConvertConfig
 from lctrain.config.model import AttentionConfig, MlpConfig, ModelConfig
 from lctrain.config.moe import BalanceConfig, MoeConfig, RouterConfig
 from lctrain.convert.families import FAMILIES, family_for
-from lctrain.convert.listing import families_table
+from lctrain.convert.listing import families_table, list_families
 from lctrain.convert.mapping import our_infos
 from lctrain.convert.native import write_model
 from lctrain.convert.run import convert
@@ -53,8 +53,10 @@ def run(**settings) -> None:
     assert convert(ConvertConfig(**{"verify": False, **values})) == 0
 
 
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 @pytest.mark.parametrize("name", CONFIGS)
-def test_there_and_back_through_all(tmp_path, name):
+def test_there_and_back_through_all(tmp_path, name, dtype):
+    """DeepSpeed's universal checkpoints hold fp32, so what was bf16 is rounded once at the end, to what it was."""
     config = CONFIGS[name]
     start = tmp_path / "start"
     start.mkdir()
@@ -64,13 +66,14 @@ def test_there_and_back_through_all(tmp_path, name):
         writer.write(tensor, [torch.randn(info.shape)])
     writer.close()
     write_model(start, "start", config)
-    run(input=start, output=tmp_path / "hf", to="hf", family=name)
+    run(input=start, output=tmp_path / "hf", to="hf", family=name, dtype=dtype)
     (tmp_path / "hf" / "tokenizer.json").write_text("{}")
     stages = ["lctrain", "megatron", "lctrain", "deepspeed", "lctrain", "hf"]
     folder = tmp_path / "hf"
     for number, to in enumerate(stages):
         output = tmp_path / f"{number}-{to}"
-        run(input=folder, output=output, to=to, vocab_multiple=64 if number == 0 else 1)
+        last = {"dtype": dtype} if to == "hf" else {}
+        run(input=folder, output=output, to=to, vocab_multiple=64 if number == 0 else 1, **last)
         folder = output
     a, b = SafetensorsFolder(tmp_path / "hf"), SafetensorsFolder(folder)
     assert dict(a.infos) == dict(b.infos)
@@ -85,6 +88,15 @@ def test_the_list_is_made_from_the_tables():
     assert [row[0] for row in rows] == list(FAMILIES)
     assert columns[0] == "family"
     assert dict(zip(FAMILIES, (row[2] for row in rows), strict=True))["nemotron_h"] == "*M-E"
+
+
+def test_the_documents_show_the_list(capsys):
+    list_families()
+    shown = capsys.readouterr().out.strip()
+    assert "jamba: refused are Mamba-1 layers" in shown
+    for path in ("README.md", "docs/convert.md"):
+        text = (Path(__file__).parents[2] / path).read_text()
+        assert "\n".join(line.rstrip() for line in shown.splitlines()) in text, path
 
 
 def test_a_model_finds_its_family():

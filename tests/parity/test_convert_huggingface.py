@@ -199,7 +199,7 @@ def shared_logits(rank: int, cp: int, folder: str):
         return model.eval().hidden(shard, seq) @ model.output_weight.t()
 
 
-@pytest.mark.parametrize("name", ["llama", "bamba", "mixtral"])
+@pytest.mark.parametrize("name", MODELS)
 def test_logits_of_a_sequence_over_two_ranks(models, name):
     theirs, ours = models(name)
     parts = run_ranks(shared_logits, 2, str(ours))

@@ -52,7 +52,7 @@ from lctrain.launch.ranks import close_pools, run_ranks
 
 VOCAB, LENGTH = 96, 24
 CONFIG = ModelConfig(
-    pattern="M-*-M",
+    pattern="M-*-M*",
     d_model=32,
     vocab_size=VOCAB,
     attention=AttentionConfig(n_heads=4, n_kv_heads=2, rope=RopeConfig(fraction=0.5)),
@@ -147,22 +147,44 @@ def stack_spec() -> ModuleSpec:
     return ModuleSpec(module=block.MambaStack, submodules=parts)
 
 
-def their_logits(rank: int, world: int, folder: str, tp: int):
+def their_logits(rank: int, world: int, folder: str, tp: int, pp: int):
+    """[T, V] on the ranks of the last stage, by megatron-core with a checkpoint of ours."""
     multiprocessing.current_process()._config["daemon"] = False
     with megatron_on_cpu(), torch.no_grad(), patch.object(block, "TENorm", WrappedTorchNorm):
         parallel_state.destroy_model_parallel()
-        parallel_state.initialize_model_parallel(tp)
+        parallel_state.initialize_model_parallel(tp, pp)
         model_parallel_cuda_manual_seed(1, force_reset_rng=True)
         settings = json.loads((Path(folder) / "transformer_config.json").read_text())
         assert settings["class"] == "MambaModel"
         values = {**settings["transformer_config"], "activation_func": squared_relu, "use_mamba_mem_eff_path": False}
-        config = TransformerConfig(**values, use_cpu_initialization=True, tensor_model_parallel_size=tp)
+        config = TransformerConfig(
+            **values,
+            use_cpu_initialization=True,
+            tensor_model_parallel_size=tp,
+            pipeline_model_parallel_size=pp,
+            pipeline_dtype=torch.float32,
+        )
         groups = ProcessGroupCollection.use_mpu_process_groups()
-        model = model_module.MambaModel(config, stack_spec(), max_sequence_length=64, pg_collection=groups, **settings["model"])
+        model = model_module.MambaModel(
+            config,
+            stack_spec(),
+            max_sequence_length=64,
+            pre_process=parallel_state.is_pipeline_first_stage(),
+            post_process=parallel_state.is_pipeline_last_stage(),
+            pg_collection=groups,
+            **settings["model"],
+        )
         model.load_state_dict(dist_checkpointing.load(model.sharded_state_dict(), folder))
         tokens = random_tokens(LENGTH, VOCAB)[None]
         mask = torch.ones(LENGTH, LENGTH).triu(1).bool()[None, None]
+        if not parallel_state.is_pipeline_first_stage():
+            received = torch.empty(LENGTH, 1, config.hidden_size)
+            torch.distributed.recv(received, parallel_state.get_pipeline_model_parallel_prev_rank())
+            model.set_input_tensor(received)
         out = model.eval()(tokens, torch.arange(LENGTH)[None], mask)
+        if not parallel_state.is_pipeline_last_stage():
+            torch.distributed.send(out.contiguous(), parallel_state.get_pipeline_model_parallel_next_rank())
+            return None
         return (gather_from_tensor_model_parallel_region(out) if tp > 1 else out)[0].float()
 
 
@@ -191,13 +213,15 @@ def run(**settings) -> None:
     assert convert(ConvertConfig(**{"verify": False, **values})) == 0
 
 
-@pytest.mark.parametrize("tp", [1, 2])
-def test_their_model_computes_the_same(tmp_path, tp):
+@pytest.mark.parametrize(("tp", "pp"), [(1, 1), (2, 1), (2, 2)])
+def test_their_model_computes_the_same(tmp_path, tp, pp):
     ours = random_model(tmp_path / "ours")
     run(input=ours, output=tmp_path / "theirs", to="megatron")
     native = open_native(ours)
     wanted = our_logits(native.config, native.source, random_tokens(LENGTH, VOCAB))
-    for out in run_ranks(their_logits, tp, str(tmp_path / "theirs"), tp):
+    found = [out for out in run_ranks(their_logits, tp * pp, str(tmp_path / "theirs"), tp, pp) if out is not None]
+    assert len(found) == tp
+    for out in found:
         assert (out - wanted).abs().max() / wanted.abs().max() < 1e-5
     run(input=tmp_path / "theirs", output=tmp_path / "back", to="lctrain")
     a, b = SafetensorsFolder(ours), SafetensorsFolder(tmp_path / "back")

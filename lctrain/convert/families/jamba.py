@@ -20,7 +20,8 @@ def _read(keys: Keys, tree: Tree) -> None:
     recurrent = sum("attention" not in kind or kind == "linear_attention" for kind in kinds)
     if recurrent:
         raise UserError(
-            f"config.json has {recurrent} Mamba-1 layers (attn_layer_period), which our blocks lack: they have Mamba-2"
+            f"config.json has {recurrent} Mamba-1 layers (attn_layer_period), which our blocks lack: M is Mamba-2, another"
+            " recurrence with other weights, so such a Jamba cannot be converted"
         )
     n_experts, period, offset = keys["num_experts"], keys["expert_layer_period"], keys["expert_layer_offset"]
     channels = ["E" if n_experts > 1 and place % period == offset else "-" for place in range(count)]
@@ -79,6 +80,7 @@ FAMILY = Family(
         ),
         *("expert_layer_offset",),
     ),
+    lacks="Mamba-1 layers (our M is Mamba-2), so only a Jamba without them converts",
     read=_read,
     write=_write,
     whole=(common.WHOLE[0], same("norm.weight", "model.final_layernorm.weight"), common.WHOLE[2]),

@@ -93,6 +93,14 @@ def test_a_hugging_face_folder_will_do(make_folder, run, tmp_path):
     assert all(torch.equal(x, open_native(ours).source.read(name)) for name, x in found.items())
 
 
+def test_weights_that_do_not_say_what_they_are_of(make_folder, run, tmp_path):
+    ours = make_folder()
+    run(input=ours, output=tmp_path / "theirs", to="megatron")
+    (tmp_path / "theirs" / "lctrain_model.yaml").unlink()
+    with pytest.raises(UserError, match=r"convert it first with lctrain convert to=lctrain input=\S+ config=FILE\.yaml"):
+        check_initial(load(TrainConfig, "train", overrides(ours, f"init_from={tmp_path / 'theirs'}")))
+
+
 def first_losses(rank: int, world: int, args: list[str]):
     """Losses of a whole run."""
     import json

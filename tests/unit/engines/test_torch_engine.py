@@ -117,6 +117,23 @@ def test_state_carries_on_bitwise(ranks: int, data_parallel: str) -> None:
         assert continued == losses
 
 
+def steps_after_state(rank: int, world_size: int, data_parallel: str) -> tuple[list[float], list[float]]:
+    """Losses of three steps, of an engine whose state was asked for before the first, and loaded again, and of one that was not."""
+    losses = []
+    for asked in (True, False):
+        engine = make_engine(rank, world_size, 1, data_parallel=data_parallel)
+        if asked:
+            engine.load_state(engine.state())
+        losses.append([step(engine).loss for _ in range(3)])
+    return losses[0], losses[1]
+
+
+@pytest.mark.parametrize(("ranks", "data_parallel"), [(1, "ddp"), (2, "fsdp")])
+def test_a_state_from_before_the_first_step_counts_none(ranks: int, data_parallel: str) -> None:
+    for asked, undisturbed in run_ranks(steps_after_state, ranks, data_parallel):
+        assert asked == undisturbed
+
+
 def state_names(rank: int, world_size: int, data_parallel: str) -> set[str]:
     engine = make_engine(rank, world_size, 1, data_parallel=data_parallel)
     step(engine)
