@@ -8,7 +8,7 @@ from typing import Any
 from lctrain.checkpoint.rng import rng_state, set_rng_state
 from lctrain.checkpoint.store import CheckpointStore
 from lctrain.config.schema import TrainConfig
-from lctrain.data.identity import data_identity
+from lctrain.data.identity import check_data, data_identity
 from lctrain.engines.base import Engine
 from lctrain.errors import UserError
 from lctrain.initial_weights import load_initial
@@ -41,21 +41,7 @@ def resume(config: TrainConfig, store: CheckpointStore, engine: Engine, rank: in
         return 0, None
     state = training_state(engine, rank)
     meta = store.load(newest, state)
-    _check_data(config, meta["data"], newest)
+    check_data(config, meta["data"], newest)
     engine.load_state(state)
     set_rng_state(state["rng"])
     return int(meta["step"]), newest
-
-
-def _check_data(config: TrainConfig, stored: dict[str, Any], path: Path) -> None:
-    for key, now in data_identity(config).items():
-        if stored[key] != now:
-            raise UserError(
-                f"{key} is {_short(now)}, but checkpoint {path} was made with {_short(stored[key])}:"
-                " continuing would repeat or skip samples; restore the setting, or start a new run_dir"
-            )
-
-
-def _short(value: object) -> str:
-    text = str(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."

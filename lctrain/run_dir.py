@@ -52,16 +52,15 @@ class RunDir:
         """Output and traces of one rank."""
         return self.log / f"rank{rank}.log"
 
-    def prepare(self, patience_s: float = 60.0, elsewhere_s: float = 0.0) -> RunDir:
+    def prepare(self, patience_s: float = 60.0) -> RunDir:
         """Create the folder, take its lock, and note the environment; for the launcher, before it forks.
 
         UserError if the folder cannot be written or another run holds it. The ranks of a launcher that was killed hold it
-        while they save; that is waited for, up to `patience_s`. `elsewhere_s` is the same for a holder on another machine, of
-        which we cannot know whether it lives: under SLURM that machine may just have died.
+        while they save; that is waited for, up to `patience_s`. Of a holder on another machine we cannot know whether it lives.
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            self._acquire(patience_s, elsewhere_s)
+            self._acquire(patience_s)
         except OSError as error:
             raise UserError(f"run_dir={self.path} cannot be used: {error.strerror}; choose another run_dir") from None
         try:
@@ -102,7 +101,7 @@ class RunDir:
     def __exit__(self, *exception: object) -> None:
         self.release()
 
-    def _acquire(self, patience_s: float, elsewhere_s: float) -> None:
+    def _acquire(self, patience_s: float) -> None:
         # flock belongs to the open file, which forked ranks share: the folder is free only when the last of them has ended.
         fd = os.open(self.lock, os.O_RDWR | os.O_CREAT, 0o644)
         began = time.monotonic()
@@ -114,13 +113,11 @@ class RunDir:
                     break
                 holder = os.pread(fd, 100, 0).decode(errors="replace").strip()
                 alive = _is_alive(holder)
-                allowed = patience_s if alive is False else elsewhere_s if alive is None else 0.0
-                if time.monotonic() >= began + allowed:
+                if alive is not False or time.monotonic() >= began + patience_s:
                     raise UserError(f"run_dir={self.path} is in use by pid {holder}; end that run or choose another run_dir")
                 if not waiting:
                     waiting = True
-                    what = "has not let go of it" if alive is None else "is gone; waiting for its ranks to end"
-                    print(f"the launcher of {self.path} (pid {holder}) {what}", file=sys.stderr)
+                    print(f"the launcher of {self.path} (pid {holder}) is gone; waiting for its ranks to end", file=sys.stderr)
                 time.sleep(0.05)
             os.ftruncate(fd, 0)
             os.pwrite(fd, f"{os.getpid()} on {os.uname().nodename}\n".encode(), 0)

@@ -1,18 +1,24 @@
 """What one process per node does before the ranks start: `python -m lctrain.slurm.before CONFIG OUTCOME NODE,NODE,...`.
 
-All nodes are measured; then the first one prepares the corpora that do not exist yet. OUTCOME gets `prepared`, `refused`, or
-`exclude` or `unfit` with the nodes that may not take part. No outcome: told to stop, or failed.
+All nodes are measured; then the first one prepares the corpora that do not exist yet, and waits until nobody else trains in the
+run directory. OUTCOME gets `prepared`, `refused`, `busy` with who still trains there, or `exclude` or `unfit` with the nodes
+that may not take part. No outcome: told to stop, or failed.
 """
 
 from __future__ import annotations
 
 import os
 import sys
+import time
 from pathlib import Path
 
 from lctrain.errors import UserError
 from lctrain.launch.signals import Stopped, stop_at_once
 from lctrain.slurm.outcome import claim_outcome, write_outcome
+
+LOCK_S = 180.0
+"""What an earlier start gets to end: on a node that SLURM has given up its processes may live, and file servers let go of the
+lock of a machine that has died with some delay."""
 
 
 def main(config_file: Path, outcome: Path, nodes: list[str]) -> int:
@@ -47,7 +53,22 @@ def _run(config_file: Path, outcome: Path, nodes: list[str]) -> None:
             return
     if node == 0:
         ensure_corpora(config.data, config.model.vocab_size)
-        write_outcome(outcome, "prepared")
+        holder = _last_holder(config.run_dir)
+        write_outcome(outcome, "prepared" if holder is None else f"busy {holder}")
+
+
+def _last_holder(run_dir: str) -> str | None:
+    """Who still holds the run directory after LOCK_S; None as soon as nobody does."""
+    from lctrain.run_dir import RunDir, lock_holder
+
+    deadline = time.monotonic() + LOCK_S
+    told = False
+    while (holder := lock_holder(RunDir(run_dir))) is not None and time.monotonic() < deadline:
+        if not told:
+            told = True
+            print(f"{run_dir} is still in use by pid {holder}: waiting for its end", file=sys.stderr)
+        time.sleep(0.5)
+    return holder
 
 
 if __name__ == "__main__":

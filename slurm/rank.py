@@ -21,9 +21,6 @@ if TYPE_CHECKING:
     from lctrain.launch.process import Process
     from lctrain.run_dir import RunDir
 
-LOCK_S = 180.0
-"""How long a lock of a machine that has died may be taken for a living one: file servers let go of it with some delay."""
-
 
 def main(config_file: Path, outcome: Path) -> NoReturn:
     """Run the rank and leave without exit handlers, which might wait for threads of libraries that wait for other ranks."""
@@ -83,7 +80,7 @@ def _train(config: TrainConfig, process: Process) -> None:
     cores = len(os.sched_getaffinity(0))
     threads = config.launcher.threads or config.launcher.slurm.cpus_per_process or max(1, cores // process.local_size)
     torch.set_num_threads(threads)
-    join(config, process, elsewhere_s=LOCK_S)
+    join(config, process)
 
 
 def _was_stopped(run: RunDir) -> bool:

@@ -6,6 +6,7 @@
 #   eval "$(tools/slurm_lab.sh env)"   then sbatch, squeue, lctrain train launcher=slurm ... talk to it
 #   tools/slurm_lab.sh status | down
 #   tools/slurm_lab.sh kill N | start N | cut N | join N     power off or on, unplug or replug the network of node N
+#   tools/slurm_lab.sh crash N     SIGKILL for the slurmd of node N; its jobs live on, until `start N` or beyond
 #
 # Settings (environment): NODES=2, CPUS=4 and MEMORY_MB=8000 per node (what SLURM believes, not what is there), LAB=0..99 (several
 # labs side by side), MODE=netns|loop. netns (root): every node has its own address, hostname, processes and /dev/shm, so it can
@@ -162,8 +163,15 @@ END
 
 # ---- nodes
 
+slurmd_on() { # N SIGNAL: to the slurmd inside a node
+  nsenter "--pid=/proc/$(cat "$ROOT/run/node$1")/ns/pid_for_children" bash -c "kill -$2 $(cat "$ROOT/run/_slurmd-node$1.pid")" 2>/dev/null
+}
+
 start_node() { # N
-  lives "node$1" && return
+  if lives "node$1"; then
+    [ "$MODE" = loop ] || slurmd_on "$1" 0 || touch "$ROOT/run/wanted-node$1"
+    return
+  fi
   if [ "$MODE" = loop ]; then
     launch "node$1" slurmd -D -N "node$1"
     return
@@ -177,15 +185,22 @@ start_node() { # N
   ip -n "$net" link set lo up
   ip -n "$net" addr replace "$(address "$1")/24" dev eth0
   ip -n "$net" link set eth0 up
-  # bash is the node's first process: when it is killed, everything on the node is.
+  # bash is the node's first process: when it is killed, everything on the node is. It outlives its slurmd, as the jobs do.
   launch "node$1" nsenter "--net=/run/netns/$net" \
     unshare --uts --ipc --mount --pid --fork --kill-child --mount-proc --propagation private \
     bash -c "hostname node$1 && mount --bind $ROOT/hosts /etc/hosts && mount -t tmpfs -o size=4g shm /dev/shm
-             slurmd -D & while kill -0 \$! 2>/dev/null; do wait -n; done"
+             while rm -f $ROOT/run/wanted-node$1; do
+               slurmd -D
+               until [ -e $ROOT/run/wanted-node$1 ]; do sleep 0.1; done
+             done"
 }
 
 kill_node() { # N
   if [ "$MODE" = netns ]; then end "node$1" KILL; else end "node$1"; fi
+}
+
+crash_node() { # N
+  if [ "$MODE" = netns ]; then slurmd_on "$1" KILL; else end "node$1" KILL; fi
 }
 
 idle_nodes() { sinfo -h -N -p low -t idle,mixed,alloc -o %N | wc -l; }
@@ -251,7 +266,8 @@ case ${1:-} in
   env) echo "export SLURM_CONF=$SLURM_CONF" ;;
   kill) choose_mode; kill_node "$2" ;;
   start) choose_mode; start_node "$2" ;;
+  crash) choose_mode; crash_node "$2" ;;
   cut) ip link set "lcs${LAB}v$2" down ;;
   join) ip link set "lcs${LAB}v$2" up ;;
-  *) sed -n '2,14p' "$0"; exit 2 ;;
+  *) sed -n '2,15p' "$0"; exit 2 ;;
 esac

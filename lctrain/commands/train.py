@@ -106,17 +106,16 @@ def _join_processes(args: list[str], process: Process) -> int:
     return join(load(TrainConfig, "train", [*args, f"launcher.processes={process.world_size}"]), process)
 
 
-def join(config: TrainConfig, process: Process, elsewhere_s: float = 0.0) -> int:
-    """Be one rank of a run that others have started; they meet at MASTER_ADDR and MASTER_PORT.
-
-    elsewhere_s: how long a lock of another machine is waited for (RunDir.prepare).
-    """
+def join(config: TrainConfig, process: Process) -> int:
+    """Be one rank of a run that others have started; they meet at MASTER_ADDR and MASTER_PORT."""
     from lctrain.checkpoint.agree import from_rank_0
     from lctrain.devices import choose_device
     from lctrain.launch.meet import meet, meeting_place
+    from lctrain.launch.rank import end_with_torchrun
     from lctrain.launch.watchdog import Watchdog
     from lctrain.run_dir import RunDir
 
+    end_with_torchrun()
     device = choose_device(config.engine.device, process.local_rank, process.local_size)
     where = f" at {meeting_place()}: are all {process.world_size} started, and does nothing else listen there?"
     with ExitStack() as held:
@@ -125,14 +124,14 @@ def join(config: TrainConfig, process: Process, elsewhere_s: float = 0.0) -> int
         watchdog.phase("meeting the other ranks")
         meet(process, None, device.type, config.launcher.timeout_s)
         watchdog.phase("preparing the run")
-        from_rank_0(lambda: held.enter_context(_prepare(config, elsewhere_s)) and None)
+        from_rank_0(lambda: held.enter_context(_prepare(config)) and None)
         watchdog.post_to(RunDir(config.run_dir))
         status = _train(config, process, watchdog)
     sys.stdout.flush()
     return status
 
 
-def _prepare(config: TrainConfig, elsewhere_s: float = 0.0) -> RunDir:
+def _prepare(config: TrainConfig) -> RunDir:
     """What happens once per run, before any rank trains: the corpora exist and fit, the run directory is ours."""
     from lctrain.data.prepare import ensure_corpora
     from lctrain.run_dir import RunDir
@@ -146,4 +145,4 @@ def _prepare(config: TrainConfig, elsewhere_s: float = 0.0) -> RunDir:
 
         check_initial(config)
     ensure_corpora(config.data, config.model.vocab_size)
-    return RunDir(config.run_dir).prepare(elsewhere_s=elsewhere_s)
+    return RunDir(config.run_dir).prepare()

@@ -9,6 +9,8 @@ from pydantic import Field, model_validator
 
 from lctrain.config.strict import Fraction, NonNegative, NonNegativeFloat, Positive, PositiveFloat, Strict
 
+EARLY_S = 60
+"""By how much SLURM may be early with the signal before a time limit."""
 NonEmpty = Annotated[str, Field(min_length=1)]
 
 
@@ -73,8 +75,11 @@ class SlurmConfig(Strict):
             for option in getattr(self, name):
                 if not option.startswith("-"):
                     raise ValueError(f"{name} has {option!r}, which is no option: write --name=value")
-        if self.time is not None and self.warn_s >= limit_s(self.time):
-            raise ValueError(f"warn_s={self.warn_s} is the whole time limit (time={self.time}): lower it, or raise the limit")
+        if self.time is not None and self.warn_s + EARLY_S >= limit_s(self.time):
+            raise ValueError(
+                f"time={self.time} leaves nothing to train in: SLURM may warn up to {EARLY_S} s before warn_s={self.warn_s};"
+                " raise the limit, or lower warn_s"
+            )
         return self
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from lctrain.config.schema import TrainConfig
 from lctrain.data.sidecar import read_sidecar
+from lctrain.errors import UserError
 
 
 def data_identity(config: TrainConfig) -> dict[str, Any]:
@@ -26,3 +28,18 @@ def data_identity(config: TrainConfig) -> dict[str, Any]:
         "data.valid_fraction": data.valid_fraction,
         "data.shuffle_window": data.shuffle_window,
     }
+
+
+def check_data(config: TrainConfig, stored: dict[str, Any], path: Path) -> None:
+    """UserError if `config` has other samples than checkpoint `path`, whose identity is `stored`."""
+    for key, now in data_identity(config).items():
+        if stored[key] != now:
+            raise UserError(
+                f"{key} is {_short(now)}, but checkpoint {path} was made with {_short(stored[key])}:"
+                " continuing would repeat or skip samples; restore the setting, or start a new run_dir"
+            )
+
+
+def _short(value: object) -> str:
+    text = str(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."

@@ -94,6 +94,12 @@ def _end_with(launcher: int) -> None:
         os._exit(128 + signal.SIGTERM)
 
 
+def end_with_torchrun() -> None:
+    """The same for a rank that torchrun has started: nobody would hear of its end any more."""
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        _end_with(os.getppid())
+
+
 def redirect(process: Process, log: Path | None) -> None:
     """Rank 0 speaks to the terminal and the others to their logs; nobody waits for keys; a fatal signal leaves a trace."""
     nothing = os.open(os.devnull, os.O_RDONLY)

@@ -133,15 +133,15 @@ def _progress_text(state: RunState) -> str:
 
 
 def _config(run: RunDir, submission: Submission | None) -> TrainConfig | None:
-    """What the run runs; None if its settings belong to another version of lctrain."""
+    """What the run runs, or will run once its latest job starts; None if its settings belong to another version of lctrain."""
     kept = Path(submission.folder) / "config.yaml" if submission else run.config
-    for path in (run.config, kept):
-        if path.exists():
-            try:
-                return from_yaml(TrainConfig, path.read_text())
-            except UserError:
-                return None
-    return None
+    there = [path for path in (run.config, kept) if path.exists()]
+    if not there:
+        return None
+    try:
+        return from_yaml(TrainConfig, max(there, key=lambda path: path.stat().st_mtime).read_text())
+    except UserError:
+        return None
 
 
 def _age(then: float) -> str:

@@ -11,7 +11,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import NamedTuple
 
-from lctrain.config.render import to_yaml
+from lctrain.checkpoint.folders import checkpoints
+from lctrain.checkpoint.manifest import read_manifest
+from lctrain.config.render import from_yaml, to_yaml
 from lctrain.config.schema import TrainConfig
 from lctrain.config.sweep import SweepRun
 from lctrain.errors import UserError
@@ -39,7 +41,8 @@ def submit(runs: list[SweepRun]) -> int:
     """Submit the run, or all runs of a sweep as one array; with launcher.dry_run only print the script. Returns 0.
 
     UserError, before anything is written, for what can be known to go wrong: no sbatch, a corpus that does not exist and has
-    no source, wandb that is missing, a job of the same run that is still in the queue.
+    no source, wandb that is missing, a run directory that belongs to another run, a job of the same run that is still in the
+    queue.
     """
     config = runs[0].config
     sweep = bool(runs[0].label)
@@ -48,6 +51,7 @@ def submit(runs: list[SweepRun]) -> int:
     folders = tuple(Path(run.config.run_dir).absolute() for run in runs)
     for run in runs:
         _check(run.config)
+        _refuse_other_run(run.config)
     number = next(n for n in itertools.count(1) if not (top / "slurm" / f"{n:03}").exists())
     job = Job(
         kept=top / "slurm" / f"{number:03}",
@@ -94,6 +98,36 @@ def _check(config: TrainConfig) -> None:
                 f"corpus {corpus.prefix} does not exist: run lctrain data prepare input=<files> output={corpus.prefix}"
                 f" tokenizer={config.data.tokenizer}"
             )
+
+
+def _refuse_other_run(config: TrainConfig) -> None:
+    """UserError for what the ranks would find once the job has waited for its nodes: these checkpoints are another run's.
+
+    Only what can be seen without torch: data, and the sizes that every model has.
+    """
+    from lctrain.data.identity import check_data
+    from lctrain.models.pattern import parse_pattern
+
+    run = RunDir(config.run_dir)
+    found = checkpoints(run.checkpoints)
+    if config.resume != "auto" or not found:
+        return
+    path = found[-1][1]
+    try:
+        before, stored = from_yaml(TrainConfig, run.config.read_text()), read_manifest(path)["meta"]["data"]
+    except (OSError, UserError, ValueError, KeyError):
+        return  # settings of another version, or a damaged checkpoint, in whose place the ranks take an earlier one
+    old, new = before.model, config.model
+    sizes = {name: (getattr(old, name), getattr(new, name)) for name in ("d_model", "vocab_size")}
+    if parse_pattern(old.pattern) != parse_pattern(new.pattern):
+        sizes["pattern"] = old.pattern, new.pattern
+    for name, (was, now) in sizes.items():
+        if was != now:
+            raise UserError(
+                f"run_dir={run.path} has checkpoints of a model with {name}={was}, the settings say model.{name}={now}:"
+                " choose another run_dir"
+            )
+    check_data(config, stored, path)
 
 
 def _refuse_second(run: RunDir) -> None:

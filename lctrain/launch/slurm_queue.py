@@ -56,7 +56,7 @@ def submit_script(script: str, after: str | None = None) -> str:
     dependency = [f"--dependency=afterany:{after}"] if after else []
     done = _run("sbatch", "--parsable", *dependency, script)
     if done.returncode:
-        raise UserError(f"sbatch refuses the job: {_first_line(done.stderr)}; the script is {script}")
+        raise UserError(f"sbatch refuses the job: {_complaint(done.stderr)}; the script is {script}")
     return done.stdout.strip().partition(";")[0]
 
 
@@ -126,6 +126,11 @@ def _run(*command: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=PATIENCE_S, check=False)
     except subprocess.TimeoutExpired:
         raise UserError(f"{command[0]} did not answer within {PATIENCE_S} s: is SLURM's controller up?") from None
+
+
+def _complaint(text: str) -> str:
+    """What is behind sbatch's `sbatch: error: Batch job submission failed: `."""
+    return re.sub(r"^(sbatch: |error: |Batch job submission failed: )*", "", _first_line(text))
 
 
 def _first_line(text: str) -> str:

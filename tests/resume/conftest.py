@@ -1,9 +1,7 @@
 """Runs of the real command line in processes of their own, ways to disturb them, and one undisturbed run to compare with."""
 
 import contextlib
-import json
 import os
-import random
 import shutil
 import signal
 import subprocess
@@ -16,47 +14,28 @@ from pathlib import Path
 import psutil
 import pytest
 
-from lctrain.data.prepare import prepare
-from lctrain.tracking.jsonl import read_events
+from tests.disturbed import tiny
+from tests.disturbed.holds import Holds
+from tests.disturbed.tiny import EVERY, ROOT, STEPS, Records
 
-ROOT = Path(__file__).parents[2]
 DEADLINE_S = 90
-STEPS, EVERY = 12, 4
 SETTINGS = (
-    "data=custom",
-    "model.d_model=32",
-    "model.pattern=(*-){2}",
-    "model.vocab_size=257",
-    "model.attention.n_heads=2",
-    "model.attention.n_kv_heads=1",
-    "model.mlp.d_ff=32",
-    "data.valid_fraction=0.1",
-    f"trainer.steps={STEPS}",
-    "trainer.seq_len=203",
+    *tiny.SETTINGS,
     "trainer.stages=[{steps:3,seq_len:101}]",
-    "trainer.global_batch=4",
-    "trainer.micro_batch=2",
-    "trainer.eval_every=5",
-    "trainer.eval_batches=1",
     "optim.schedule.warmup_steps=2",
-    f"checkpoint.every={EVERY}",
     "checkpoint.keep_last=3",
-    "parallel.cp=2",
     "launcher.processes=2",
-    "launcher.threads=1",
-    "engine.device=cpu",
-    "tracking.plot=false",
 )
-COMPARED = ("step", "loss", "grad_norm", "lr", "eval_loss", "digest", "tokens", "targets", "consumed")
 
 
-class Training:
+class Training(Records):
     """`lctrain train` on one run directory: start it, disturb it, start it again."""
 
     def __init__(self, folder: Path, corpus: str, *settings: str) -> None:
         self.folder, self.run_dir = folder, folder / "run"
         folder.mkdir(parents=True, exist_ok=True)
         self.settings = [*SETTINGS, f"data.corpora.0.prefix={corpus}", f"run_dir={self.run_dir}", *settings]
+        self.holds = Holds(folder)
         self._mark = uuid.uuid4().hex
         self._process: subprocess.Popen | None = None
         self._starts = 0
@@ -83,21 +62,20 @@ class Training:
         self.start_to_hold(target, call, *more)
         return self.held(processes)
 
-    def start_to_hold(self, target: str, call: int, *more: str) -> None:
+    def start_to_hold(self, target: str, call: int, *more: str, **how) -> None:
         """Like start_held, but returns at once."""
-        hold = self.folder / f"hold{self._starts + 1}"
-        hold.mkdir()
-        self.start(*more, program=(str(Path(__file__).with_name("held.py")), target, str(call), str(hold)))
+        self.holds.order(target, call)
+        hooks = self.holds.environment
+        self.start(*more, **how, **{**hooks, "PYTHONPATH": f"{hooks['PYTHONPATH']}:{ROOT}"})
 
     def held(self, processes: int) -> list[int]:
-        """Wait until that many processes of the latest start are held; their pids."""
-        hold = self.folder / f"hold{self._starts}"
-        self.wait_until(lambda: len(list(hold.glob("held-*"))) >= processes)
-        return sorted(int(path.name.removeprefix("held-")) for path in hold.glob("held-*"))
+        """Wait until that many processes have come to the latest hold; their pids."""
+        self.wait_until(lambda: len(self.holds.held()) >= processes)
+        return self.holds.held()
 
-    def go_on(self, start: int | None = None) -> None:
-        """Let the held processes continue, those of the latest start if no other is named (1, 2, ...)."""
-        (self.folder / f"hold{start or self._starts}" / "go").touch()
+    def go_on(self, hold: int | None = None) -> None:
+        """Let the held processes continue, those of the latest hold if no other is named (1, 2, ...)."""
+        self.holds.go_on(hold)
 
     def kill_launcher(self) -> None:
         """SIGKILL; on return the ranks have been told by the kernel, and may still be at work."""
@@ -150,20 +128,6 @@ class Training:
             assert self._process is None or self._process.poll() is None, f"it ended: {self.said(self._starts)}"
             time.sleep(0.01)
 
-    def metrics(self) -> list[dict]:
-        """The lines of metrics.jsonl as they stand there, without what depends on the clock."""
-        lines = (self.run_dir / "metrics.jsonl").read_text().splitlines()
-        return [{key: record[key] for key in COMPARED if key in record} for record in map(json.loads, lines)]
-
-    def events(self, kind: str) -> list[dict]:
-        return [event for event in read_events(self.run_dir / "events.jsonl") if event["kind"] == kind]
-
-    def checkpoints(self) -> list[str]:
-        return sorted(path.name for path in (self.run_dir / "checkpoints").iterdir())
-
-    def checkpoint(self, step: int) -> Path:
-        return self.run_dir / "checkpoints" / f"step-{step:08d}"
-
     def clean_up(self) -> None:
         for pid in self.processes():  # only after a failed test
             with contextlib.suppress(ProcessLookupError):
@@ -174,14 +138,7 @@ class Training:
 
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory) -> str:
-    """60 documents of made-up words, from 20 to about 3,000 bytes."""
-    folder, random_ = tmp_path_factory.mktemp("corpus"), random.Random(0)
-    words = ["".join(random_.choices("etaoinshrdlu", k=random_.randint(2, 8))) for _ in range(200)]
-    for number in range(60):
-        text = " ".join(random_.choices(words, k=int(4 * 150 ** random_.random())))
-        (folder / f"{number:02}.txt").write_text(text)
-    prepare([str(folder)], f"{folder}/corpus", workers=1)
-    return f"{folder}/corpus"
+    return tiny.make_corpus(tmp_path_factory.mktemp("corpus"))
 
 
 @pytest.fixture

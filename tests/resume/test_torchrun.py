@@ -15,6 +15,18 @@ def test_continues_a_run_that_the_local_launcher_began(copy_of_reference, refere
     assert run.checkpoints() == reference.checkpoints()
 
 
+def test_ranks_whose_torchrun_is_killed_save_and_end(training, reference):
+    run = training()
+    run.start_to_hold("lctrain.train:_agree", 7, program=TORCHRUN)
+    run.held(2)
+    run.kill_launcher()
+    run.go_on()
+    run.wait_until(lambda: not run.processes())
+    assert run.said(1, "out").splitlines()[-1] == "SIGTERM: stopping after step 6 of 12"
+    assert "continuing after step 6 from" in run.complete()
+    assert run.metrics() == reference.metrics()
+
+
 @pytest.mark.parametrize("mistake", ["trainer.stpes=3", "data.corpora.0.prefix=nowhere", "engine.device=cuda"])
 def test_mistake_is_said_once(training, mistake):
     status, out, err = training().run(mistake, program=TORCHRUN, CUDA_VISIBLE_DEVICES="")

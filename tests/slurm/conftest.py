@@ -6,51 +6,27 @@ Skipped, with the reason, where tools/slurm_lab.sh cannot bring SLURM up.
 import contextlib
 import fcntl
 import itertools
-import json
 import os
-import random
 import re
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import psutil
 import pytest
 
-from lctrain.data.prepare import prepare
-from lctrain.tracking.jsonl import read_events
+from tests.disturbed import tiny
+from tests.disturbed.holds import Holds
+from tests.disturbed.tiny import ROOT, STEPS, Records
 
-ROOT = Path(__file__).parents[2]
 TOOL = ROOT / "tools" / "slurm_lab.sh"
 UP_S = 60
 DEADLINE_S = 240
-STEPS, EVERY = 12, 4
-SETTINGS = (
-    "data=custom",
-    "model.d_model=32",
-    "model.pattern=(*-){2}",
-    "model.vocab_size=257",
-    "model.attention.n_heads=2",
-    "model.attention.n_kv_heads=1",
-    "model.mlp.d_ff=32",
-    "data.valid_fraction=0.1",
-    f"trainer.steps={STEPS}",
-    "trainer.seq_len=203",
-    "trainer.global_batch=4",
-    "trainer.micro_batch=2",
-    "trainer.eval_every=5",
-    "trainer.eval_batches=1",
-    f"checkpoint.every={EVERY}",
-    "parallel.cp=2",
-    "launcher.threads=1",
-    "engine.device=cpu",
-    "tracking.plot=false",
-    "tracking.wandb.mode=offline",
-)
+SETTINGS = (*tiny.SETTINGS, "tracking.wandb.mode=offline")
 ON_TWO_NODES = ("launcher=slurm", "launcher.nodes=2", "launcher.processes_per_node=2", "launcher.slurm.time=30")
-COMPARED = ("step", "loss", "grad_norm", "lr", "eval_loss", "digest", "tokens", "targets", "consumed")
+BROKEN = ("FAILED", "TIMEOUT", "NODE_FAIL")
 
 
 class Lab:
@@ -106,24 +82,28 @@ def lab():
         lock.close()
 
 
+@pytest.fixture
+def power(lab):
+    """Nodes that can be switched off; all are on again afterwards."""
+    if not lab.has_power_switches:
+        pytest.skip("nodes can be switched off only where root may make network namespaces")
+    yield lab
+    for node in "12":
+        lab.tool("start", node)
+
+
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory) -> str:
-    """60 documents of made-up words, from 20 to about 3,000 bytes."""
-    folder, random_ = tmp_path_factory.mktemp("corpus"), random.Random(0)
-    words = ["".join(random_.choices("etaoinshrdlu", k=random_.randint(2, 8))) for _ in range(200)]
-    for number in range(60):
-        text = " ".join(random_.choices(words, k=int(4 * 150 ** random_.random())))
-        (folder / f"{number:02}.txt").write_text(text)
-    prepare([str(folder)], f"{folder}/corpus", workers=1)
-    return f"{folder}/corpus"
+    return tiny.make_corpus(tmp_path_factory.mktemp("corpus"))
 
 
-class Run:
+class Run(Records):
     """A run directory, and the `lctrain` commands that are given for it."""
 
-    def __init__(self, lab: Lab, folder: Path, corpus: str) -> None:
+    def __init__(self, lab: Lab, folder: Path, corpus: str, *settings: str) -> None:
         self.lab, self.folder, self.run_dir = lab, folder, folder / "run"
-        self.settings = [*SETTINGS, f"data.corpora.0.prefix={corpus}", f"run_dir={self.run_dir}"]
+        self.settings = [*SETTINGS, f"data.corpora.0.prefix={corpus}", f"run_dir={self.run_dir}", *settings]
+        self.holds = Holds(folder)
         self.job = ""
 
     def command(self, *words: str) -> subprocess.CompletedProcess:
@@ -137,6 +117,11 @@ class Run:
             check=False,
         )
 
+    def complete_here(self) -> None:
+        """Run to the end of the training by this machine's own launcher, undisturbed."""
+        done = self.command("train", *self.settings, "launcher.processes=4", "tracking.wandb.mode=disabled")
+        assert (done.returncode, done.stderr) == (0, "")
+
     def submit(self, *more: str) -> str:
         """Submit, and return what is printed; `job` is then the number of the (first) job."""
         done = self.command("train", *self.settings, *ON_TWO_NODES, *more)
@@ -144,19 +129,24 @@ class Run:
         self.job = re.findall(r"^submitted jobs? (\d+)", done.stdout)[0]
         return done.stdout
 
-    def submit_with(self, *more: str, **environment: str) -> str:
-        """Submit a run whose processes obey tests/slurm/hooks, which reads these variables."""
-        hooks = str(Path(__file__).with_name("hooks"))
-        variables = {"PYTHONPATH": hooks, "LCTRAIN_HOLD_AT": str(self.folder), **environment}
-        setup = " ".join(f"{name}='{value}'" for name, value in variables.items())
+    def submit_hooked(self, *more: str, **environment: str) -> str:
+        """Submit a run whose processes obey tests/disturbed/hooks, which reads these variables."""
+        setup = " ".join(f"{name}='{value}'" for name, value in {**self.holds.environment, **environment}.items())
         return self.submit(f'launcher.slurm.setup=["export {setup}"]', *more)
 
-    def wait_until_held(self, hold: int = 0, processes: int = 4) -> None:
-        """Wait until that many processes have come to the given hold."""
-        self.wait_until(lambda: len(list(self.folder.glob(f"held-{hold}-*"))) >= processes)
+    def submit_to_hold(self, target: str, call: int, *more: str) -> str:
+        """Submit a run whose ranks are held at the `call`-th call of `target`, until a signal asks them to stop, or go_on."""
+        self.hold_next(target, call)
+        return self.submit_hooked(*more)
 
-    def go_on(self, hold: int = 0) -> None:
-        (self.folder / f"go-{hold}").touch()
+    def hold_next(self, target: str, call: int) -> None:
+        """Where the processes of the next start are held."""
+        self.holds.order(target, call, until_signal=True)
+
+    def wait_until_held(self, processes: int = 4) -> None:
+        """Wait until that many processes have come to the latest hold; those of later starts are not held any more."""
+        self.wait_until(lambda: len(self.holds.held()) >= processes)
+        self.holds.no_more()
 
     def state(self) -> str:
         return self.lab.job(self.job)["JobState"]
@@ -164,11 +154,12 @@ class Run:
     def restarts(self) -> int:
         return int(self.lab.job(self.job)["Restarts"])
 
-    def wait_until(self, condition: Callable[[], bool], timeout_s: float = DEADLINE_S) -> None:
+    def wait_until(self, condition: Callable[[], bool], timeout_s: float = DEADLINE_S, wrong: Sequence[str] = BROKEN) -> None:
+        """Wait for it; fails after a while, and when the job comes to a state that is `wrong`."""
         deadline = time.monotonic() + timeout_s
         while not condition():
             assert time.monotonic() < deadline, f"waited in vain; job {self.state()}:\n{self.log()}"
-            assert self.state() not in ("FAILED", "TIMEOUT", "NODE_FAIL"), self.log()
+            assert self.state() not in wrong, self.log()
             time.sleep(0.2)
 
     def wait_for_end(self) -> None:
@@ -180,20 +171,32 @@ class Run:
     def ranks(self) -> dict[int, int]:
         """Rank -> pid of the processes that train now."""
         found = {}
-        for process in psutil.process_iter():
-            with contextlib.suppress(psutil.Error):
-                command, env = process.cmdline(), process.environ()
-                if "lctrain.slurm.rank" in command and any(str(self.run_dir) in word for word in command):
-                    found[int(env.get("RANK", env["SLURM_PROCID"]))] = process.pid
+        for process, command, env in self._processes("lctrain.slurm.rank"):
+            if Path(command[0]).name.startswith("python") and "torch.distributed.run" not in command:
+                found[int(env.get("RANK", env["SLURM_PROCID"]))] = process.pid
         return found
 
-    def metrics(self) -> list[dict]:
-        """The lines of metrics.jsonl as they stand there, without what depends on the clock."""
-        lines = (self.run_dir / "metrics.jsonl").read_text().splitlines()
-        return [{key: record[key] for key in COMPARED if key in record} for record in map(json.loads, lines)]
+    def launchers(self) -> list[int]:
+        """Pids of what started the ranks that train now: srun, or the torchrun of each node."""
+        found = [(process.pid, command) for process, command, _ in self._processes("lctrain.slurm.rank", "lctrain.slurm.node")]
+        torchrun = [pid for pid, command in found if "torch.distributed.run" in command]
+        # srun has a helper of the same name, which ends with it.
+        return sorted(torchrun) or [min(pid for pid, command in found if Path(command[0]).name == "srun")]
 
-    def events(self, kind: str) -> list[dict]:
-        return [event for event in read_events(self.run_dir / "events.jsonl") if event["kind"] == kind]
+    def everything(self) -> list[int]:
+        """Pids of all processes of the job, its batch script first."""
+        script = f"job{int(self.job):05}/slurm_script"
+        scripts = [process.pid for process in psutil.process_iter() if any(script in word for word in _command(process))]
+        modules = ("lctrain.slurm.rank", "lctrain.slurm.node")
+        return [*scripts, *(process.pid for process, _, _ in self._processes(*modules))]
+
+    def _processes(self, *modules: str) -> Iterator[tuple[psutil.Process, list[str], dict[str, str]]]:
+        """Processes of this run whose command names one of the modules, with command and environment."""
+        for process in psutil.process_iter():
+            with contextlib.suppress(psutil.Error):
+                command = _command(process)
+                if any(module in command for module in modules) and any(str(self.run_dir) in word for word in command):
+                    yield process, command, process.environ()
 
     def wandb_ids(self) -> set[str]:
         return {path.name.rpartition("-")[2] for path in (self.run_dir / "wandb").glob("offline-run-*")}
@@ -208,18 +211,36 @@ class Run:
                 self.wait_until(lambda: not self.lab.order("squeue", "-h", "-o", "%i").strip(), 60)
 
 
+def _command(process: psutil.Process) -> list[str]:
+    try:
+        return process.cmdline()
+    except psutil.Error:
+        return []
+
+
 @pytest.fixture
-def run(lab, tmp_path, corpus):
-    one = Run(lab, tmp_path, corpus)
-    yield one
-    one.clean_up()
+def new_run(lab, tmp_path, corpus):
+    """Makes runs, of which nothing is left over afterwards."""
+    made: list[Run] = []
+
+    def make(*settings: str) -> Run:
+        made.append(Run(lab, tmp_path / f"run{len(made)}", corpus, *settings))
+        return made[-1]
+
+    yield make
+    for one in made:
+        one.clean_up()
+
+
+@pytest.fixture
+def run(new_run) -> Run:
+    return new_run()
 
 
 @pytest.fixture(scope="session")
 def reference(lab, tmp_path_factory, corpus) -> list[dict]:
-    """Metrics of the run that nobody disturbed, by this machine's own launcher."""
+    """Metrics of the run that nobody disturbed."""
     whole = Run(lab, tmp_path_factory.mktemp("reference"), corpus)
-    done = whole.command("train", *whole.settings, "launcher.processes=4", "tracking.wandb.mode=disabled")
-    assert (done.returncode, done.stderr) == (0, "")
+    whole.complete_here()
     assert [record["step"] for record in whole.metrics()] == list(range(1, STEPS + 1))
     return whole.metrics()

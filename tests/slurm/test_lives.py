@@ -8,27 +8,18 @@ import pytest
 from lctrain.tracking.jsonl import read_metrics
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
-STEP = "lctrain.train:_agree@7"
+AGREE = "lctrain.train:_agree"
+STEP = (AGREE, 7)
 QUICK = "launcher.preflight.enabled=false"
-
-
-@pytest.fixture
-def power(lab):
-    """Nodes that can be switched off; all are on again afterwards."""
-    if not lab.has_power_switches:
-        pytest.skip("nodes can be switched off only where root may make network namespaces")
-    yield lab
-    for node in "12":
-        lab.tool("start", node)
 
 
 @pytest.mark.parametrize("node", [1, 2])
 def test_a_node_goes_down(power, run, reference, node):
     """Node 1 has the batch script and rank 0; of node 2 srun hears nothing until the controller gives it up."""
-    run.submit_with(QUICK, LCTRAIN_HOLDS=STEP)
+    run.submit_to_hold(*STEP, QUICK)
     run.wait_until_held()
     power.tool("kill", str(node))
-    run.go_on()
+    run.holds.go_on()
     run.wait_until(lambda: run.restarts() >= 1)
     power.tool("start", str(node))
     run.wait_for_end()
@@ -39,14 +30,33 @@ def test_a_node_goes_down(power, run, reference, node):
     assert len(run.wandb_ids()) == 1
 
 
+def test_a_node_whose_slurmd_died_trains_on_unseen(power, run, reference):
+    """The next start waits on another node; the script of the first must not requeue the job a second time when it ends."""
+    run.holds.order(*STEP)
+    run.submit_hooked(QUICK, "launcher.nodes=1", "launcher.processes_per_node=4")
+    run.wait_until_held()
+    node = run.lab.job(run.job)["BatchHost"]
+    power.tool("crash", node[-1])
+    run.wait_until(lambda: "is still in use by pid" in run.log())
+    assert (run.restarts(), run.lab.job(run.job)["BatchHost"]) == (1, "node2" if node == "node1" else "node1")
+    os.kill(run.ranks()[3], 9)
+    run.holds.go_on()
+    run.wait_until(lambda: run.events("superseded") != [])
+    run.wait_for_end()
+    assert run.restarts() == 1
+    assert [event["step"] for event in run.events("resume")] == [4]
+    assert run.metrics() == reference
+
+
 def test_under_torchrun(run, reference):
-    run.submit_with(QUICK, "launcher.mode=torchrun", LCTRAIN_HOLDS=f"{STEP} lctrain.train:_agree@4")
-    run.wait_until_held(0)
+    run.submit_to_hold(*STEP, QUICK, "launcher.mode=torchrun")
+    run.wait_until_held()
+    run.hold_next(AGREE, 4)
     run.lab.order("scancel", "--batch", "--signal=USR1", run.job)
-    run.wait_until_held(1)
+    run.wait_until_held()
     assert [event["step"] for event in run.events("stop")] == [6]
     os.kill(run.ranks()[3], 9)
-    run.go_on(1)
+    run.holds.go_on()
     run.wait_for_end()
     assert run.restarts() == 2
     assert run.metrics() == reference
@@ -56,16 +66,16 @@ def test_under_torchrun(run, reference):
 @pytest.mark.parametrize(
     ("place", "saved"),
     [
-        ("lctrain.data.prepare:ensure_corpora@1", 0),
-        ("lctrain.train:make_engine@1", 0),
-        ("lctrain.train:_evaluate@1", 5),
-        ("lctrain.checkpoint.store:save_tensors@1", 4),
+        ("lctrain.data.prepare:ensure_corpora", 0),
+        ("lctrain.train:make_engine", 0),
+        ("lctrain.train:_evaluate", 5),
+        ("lctrain.checkpoint.store:save_tensors", 4),
     ],
 )
 def test_warned_in_every_phase(run, reference, place, saved):
     processes = 1 if "prepare" in place else 4
-    run.submit_with(QUICK, LCTRAIN_HOLDS=place)
-    run.wait_until_held(0, processes)
+    run.submit_to_hold(place, 1, QUICK)
+    run.wait_until_held(processes)
     run.lab.order("scancel", "--batch", "--signal=USR1", run.job)
     run.wait_for_end()
     assert run.restarts() == 1
@@ -76,7 +86,7 @@ def test_warned_in_every_phase(run, reference, place, saved):
 
 def test_a_job_that_goes_first(run, reference):
     """SLURM itself warns, ends and requeues the job; the batch script must not requeue it a second time."""
-    run.submit_with(QUICK, LCTRAIN_HOLDS=STEP)
+    run.submit_to_hold(*STEP, QUICK)
     run.wait_until_held()
     first = run.lab.order(
         "sbatch", "--parsable", "-p", "high", "-N2", "--exclusive", "-o", "/dev/null", "--wrap", "sleep 1"
@@ -89,7 +99,7 @@ def test_a_job_that_goes_first(run, reference):
 
 
 def test_stopped_by_a_person_and_submitted_again(run, reference):
-    run.submit_with(QUICK, LCTRAIN_HOLDS=STEP)
+    run.submit_to_hold(*STEP, QUICK)
     run.wait_until_held()
     status = run.command("status", str(run.run_dir)).stdout
     assert re.search(rf"^state +job {run.job} RUNNING on node\[1-2\] for 00:0\d:\d\d of 00:30:00$", status, re.M)
@@ -119,11 +129,10 @@ def test_stopped_by_a_person_and_submitted_again(run, reference):
 
 
 def test_no_checkpoint_over_and_over_is_given_up(run):
-    run.submit_with(
-        QUICK, "launcher.slurm.restarts=1", "launcher.nodes=1", LCTRAIN_HOLDS="lctrain.train:_agree@2 lctrain.train:_agree@2"
-    )
-    for hold in (0, 1):
-        run.wait_until_held(hold, 2)
+    run.submit_to_hold(AGREE, 2, QUICK, "launcher.slurm.restarts=1", "launcher.nodes=1")
+    for _ in range(2):
+        run.wait_until_held(2)
+        run.hold_next(AGREE, 2)
         os.kill(run.ranks()[1], 9)
     run.wait_until(lambda: run.events("give_up") != [])
     (given_up,) = run.events("give_up")
@@ -132,7 +141,7 @@ def test_no_checkpoint_over_and_over_is_given_up(run):
 
 
 def test_a_chain_in_place_of_requeueing(run, reference):
-    printed = run.submit_with(QUICK, "launcher.chain=3", LCTRAIN_HOLDS=STEP)
+    printed = run.submit_to_hold(*STEP, QUICK, "launcher.chain=3")
     jobs = re.findall(r"\d+", printed.splitlines()[0].partition(":")[0])
     assert len(jobs) == 3
     run.wait_until_held()
@@ -163,7 +172,7 @@ def test_an_array_of_two_runs(run):
 
 
 def test_a_broken_node_is_named_and_left_out(run):
-    run.submit_with(
+    run.submit_hooked(
         "launcher.preflight.broken=exclude", "launcher.nodes=1", "parallel.cp=1", "trainer.steps=2", LCTRAIN_BROKEN_NODE="node1"
     )
     run.wait_for_end()

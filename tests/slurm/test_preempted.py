@@ -11,8 +11,9 @@ pytestmark = pytest.mark.timeout(600)
 
 def test_warned_of_the_time_limit_and_later_robbed_of_a_rank(run, reference):
     """One job of 2 x 2 processes with three starts: the losses are those of the run that nobody disturbed."""
-    run.submit_with("launcher.slurm.warn_s=100", LCTRAIN_HOLDS="lctrain.train:_agree@7 lctrain.train:_agree@4")
-    run.wait_until_held(0)
+    run.submit_to_hold("lctrain.train:_agree", 7, "launcher.slurm.warn_s=100")
+    run.wait_until_held()
+    run.hold_next("lctrain.train:_agree", 4)
     minutes = math.ceil(elapsed_s(run.lab.job(run.job)["RunTime"]) / 60) + 1
     run.lab.order("scontrol", "update", f"JobId={run.job}", f"TimeLimit={minutes}")
     run.wait_until(lambda: run.restarts() == 1)
@@ -22,11 +23,11 @@ def test_warned_of_the_time_limit_and_later_robbed_of_a_rank(run, reference):
     assert [event["reason"] for event in run.events("requeue")] == ["the time limit is near"]
     assert (run.run_dir / "checkpoints" / "step-00000006").is_dir()
 
-    run.wait_until_held(1)
+    run.wait_until_held()
     ranks = run.ranks()
     assert sorted(ranks) == [0, 1, 2, 3]
     os.kill(ranks[3], signal.SIGKILL)
-    run.go_on(1)
+    run.holds.go_on()
     run.wait_for_end()
     assert run.restarts() == 2
     assert run.events("requeue")[1]["reason"].startswith("a process ended (status ")

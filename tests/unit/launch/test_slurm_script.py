@@ -175,7 +175,7 @@ def test_apptainer():
         ({"setup": ("ok", "a\nb")}, "must be one line of printable text"),
         ({"sbatch": ("mail-type=END",)}, "is no option: write --name=value"),
         ({"time": "1h"}, "time='1h' is no time limit: write minutes, hours:minutes:seconds or days-hours:minutes"),
-        ({"time": "2"}, "warn_s=120 is the whole time limit"),
+        ({"time": "3"}, "time=3 leaves nothing to train in: SLURM may warn up to 60 s before warn_s=120; raise the limit"),
     ],
 )
 def test_values_that_would_break_the_script_are_refused(settings, message):

@@ -8,9 +8,12 @@ from pathlib import Path
 
 import pytest
 
+from lctrain.checkpoint.manifest import write_manifest
 from lctrain.commands import train
+from lctrain.config.load import load
 from lctrain.config.render import from_yaml
 from lctrain.config.schema import TrainConfig
+from lctrain.data.identity import data_identity
 from lctrain.errors import UserError
 from lctrain.launch import slurm_queue
 from lctrain.launch.slurm import submissions
@@ -102,7 +105,7 @@ def test_without_slurm_it_is_refused(cluster, monkeypatch):
 
 def test_what_sbatch_says_is_passed_on(cluster):
     (cluster / "calls.refuse").touch()
-    with pytest.raises(UserError, match="sbatch refuses the job: sbatch: error: invalid partition specified: x; the script is"):
+    with pytest.raises(UserError, match="sbatch refuses the job: invalid partition specified: x; the script is"):
         train.main([*SETTINGS, "run_dir=runs/a"])
 
 
@@ -114,6 +117,32 @@ def test_a_run_that_is_in_the_queue_is_not_submitted_again(cluster):
     (cluster / "calls.queue").write_text("TIMEOUT")
     assert train.main([*SETTINGS, "run_dir=runs/a"]) == 0
     assert [submission.jobs for submission in submissions(RunDir("runs/a"))] == [("101",), ("102",)]
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        (
+            "model=small",
+            "runs/a has checkpoints of a model with d_model=128, the settings say model.d_model=512: choose",
+        ),
+        ("model.pattern=(*-){3}", r"of a model with pattern=\(\*-\)\{4\}, the settings say model.pattern=\(\*-\)\{3\}: choose"),
+        (
+            "trainer.seed=7",
+            "trainer.seed is 7, but checkpoint .*step-00000004 was made with 0: continuing would repeat",
+        ),
+    ],
+)
+def test_the_directory_of_another_run_is_refused_before_the_queue(cluster, setting, message):
+    config = load(TrainConfig, "train", ["model=tiny", "parallel.cp=4", "launcher.processes=4", "run_dir=runs/a"])
+    step = RunDir("runs/a").checkpoints / "step-00000004"
+    step.mkdir(parents=True)
+    RunDir("runs/a").note_config(config)
+    write_manifest(step, {"meta": {"data": data_identity(config)}})
+    with pytest.raises(UserError, match=message):
+        train.main([*SETTINGS, "parallel.cp=4", "run_dir=runs/a", setting])
+    assert calls(cluster) == []
+    assert train.main([*SETTINGS, "parallel.cp=4", "run_dir=runs/a", "model.pattern=*-*-(*-){2}"]) == 0
 
 
 def test_a_missing_corpus_is_noticed_before_the_queue(cluster):

@@ -1,9 +1,8 @@
-"""Hold the processes of a job at a certain call, so that a test can act at that very moment, or make a node look broken.
+"""What the processes of a disturbed run do before anything else: prepare to be held, or make their node look broken.
 
-In the environment: LCTRAIN_HOLDS, such as `lctrain.train:_agree@7 lctrain.train:_agree@4`: the first time a rank runs, it is
-held at its 7th call of that function, the next time at its 4th call. A held rank leaves `held-<number of the hold>-<rank>` in
-the folder LCTRAIN_HOLD_AT and waits until `go-<number of the hold>` appears there or a signal asks it to stop.
-LCTRAIN_BROKEN_NODE: name of a node that finds no free memory.
+In the environment: LCTRAIN_HOLDS, the folder of tests/disturbed/holds.py. Its file `order`, if there is one, says `NUMBER
+MODULE:FUNCTION CALL UNTIL_SIGNAL`. A process that comes to that call leaves `held-NUMBER-HOST-PID` and waits for `go-NUMBER`,
+or, with UNTIL_SIGNAL=1, for a signal that asks it to stop. LCTRAIN_BROKEN_NODE: name of a node that finds no free memory.
 """
 
 import functools
@@ -15,28 +14,29 @@ import time
 from pathlib import Path
 
 
-def hold(name: str, call: int, number: int, module) -> None:
-    from lctrain.launch.signals import StopRequest
-
-    folder, rank = Path(os.environ["LCTRAIN_HOLD_AT"]), os.environ.get("RANK", os.environ["SLURM_PROCID"])
+def hold(folder: Path, number: str, name: str, call: int, until_signal: bool, module) -> None:
     function, calls, asked = getattr(module, name), 0, []
-    handle = StopRequest._handle
+    if until_signal:
+        from lctrain.launch.signals import StopRequest
 
-    def noticed(self, *signal):
-        asked.append(signal)
-        handle(self, *signal)
+        handle = StopRequest._handle
+
+        def noticed(self, *signal):
+            asked.append(signal)
+            handle(self, *signal)
+
+        StopRequest._handle = noticed
 
     @functools.wraps(function)
     def held(*args, **kwargs):
         nonlocal calls
         calls += 1
         if calls == call:
-            (folder / f"held-{number}-{rank}").touch()
+            (folder / f"held-{number}-{os.uname().nodename}-{os.getpid()}").touch()
             while not asked and not (folder / f"go-{number}").exists():
-                time.sleep(0.05)
+                time.sleep(0.01)
         return function(*args, **kwargs)
 
-    StopRequest._handle = noticed
     setattr(module, name, held)
 
 
@@ -76,13 +76,12 @@ class AfterImport(importlib.abc.MetaPathFinder):
 def main() -> None:
     if node := os.environ.get("LCTRAIN_BROKEN_NODE"):
         sys.meta_path.insert(0, AfterImport("lctrain.launch.preflight", functools.partial(break_node, node)))
-    rank = os.environ.get("RANK", os.environ.get("SLURM_PROCID"))
-    for number, target in enumerate(os.environ.get("LCTRAIN_HOLDS", "").split()):
-        if rank is not None and not Path(os.environ["LCTRAIN_HOLD_AT"], f"held-{number}-{rank}").exists():
-            place, _, call = target.partition("@")
-            module, _, name = place.partition(":")
-            sys.meta_path.insert(0, AfterImport(module, functools.partial(hold, name, int(call), number)))
-            return
+    folder = Path(os.environ["LCTRAIN_HOLDS"])
+    if (folder / "order").exists():
+        number, target, call, until_signal = (folder / "order").read_text().split()
+        module, _, name = target.partition(":")
+        action = functools.partial(hold, folder, number, name, int(call), until_signal == "1")
+        sys.meta_path.insert(0, AfterImport(module, action))
 
 
 main()
