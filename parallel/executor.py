@@ -144,8 +144,10 @@ class _Forward(_Run):
         for part in work.bands:
             band = part.band.moved(-q_start, -k_start)
             q_rows, k_rows, v_rows, out_rows, lse_rows = _of_rows(part, q, k, v, out, lse)
-            new_out, new_lse, at = fused.forward(q_rows, k_rows, v_rows, band, self.scale, partial=True)
-            merge_(out_rows[:, at], lse_rows[:, :, at], new_out, new_lse)
+            for own, their in fused.portions(q_rows, k_rows, band):
+                inputs = q_rows[:, :, own], k_rows[:, :, their], v_rows[:, :, their]
+                new_out, new_lse, at = fused.forward(*inputs, band, self.scale, partial=True)
+                merge_(out_rows[:, at, own], lse_rows[:, own, at], new_out, new_lse)
         if work.q.owner != self.plan.rank:
             partial = (out.transpose(0, 1).to(self.q.dtype), lse.permute(2, 0, 1))
             self.courier.add("out", work.q, work.heads, partial, q_start)
@@ -207,8 +209,12 @@ class _Backward(_Run):
             (came,), _ = self.courier.copy("kv", work.k, work.heads)
             dk, dv, homeward = self.kv.gradients_of(came, k)
         for part in work.bands:
-            q, dout, out, lse, k_rows, v_rows, *into = _of_rows(part, *queries, k, v, dq, dk, dv)
-            fused.backward_(dout, q, k_rows, v_rows, out, lse, part.band.moved(-q_start, -k_start), self.scale, into)
+            q, dout, out, lse, dq_rows, *others = _of_rows(part, *queries, dq, k, v, dk, dv)
+            band = part.band.moved(-q_start, -k_start)
+            for own, their in fused.portions(q, others[0], band):
+                k_part, v_part, *into = (x[:, :, their] for x in others)
+                mine = dout[:, :, own], q[:, :, own], k_part, v_part, out[:, :, own], lse[:, own]
+                fused.backward_(*mine, band, self.scale, (dq_rows[:, :, own], *into))
         if work.q.owner != rank:
             self.courier.add("dq", work.q, work.heads, (dq.transpose(0, 1),), q_start)
         if work.k.owner != rank:

@@ -22,10 +22,27 @@ from lctrain.kernels.attention.merge import merge_
 
 _aten = torch.ops.aten
 
+LARGE = 2**18
+"""Live entries per head from which a call on CPU takes so long (a millisecond) that several calls take no longer than one."""
+
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     """fp32 for fp32 and below, fp64 for fp64."""
     return torch.promote_types(dtype, torch.float32)
+
+
+def portions(q: Tensor, k: Tensor, band: Band) -> list[tuple[slice, slice]]:
+    """Query heads and the key/value heads that they read, as many as should go through `forward` or `backward_` at a time.
+
+    On CPU a call needs room for its results, and for half precision for copies of its inputs, in proportion to its heads. As
+    many key/value heads as there are threads, batch rows counted, keep all threads busy; large bands go in such portions.
+    """
+    heads, group = k.shape[2], q.shape[2] // k.shape[2]
+    together = heads
+    if not q.is_cuda and band.entries >= LARGE:
+        together = min(heads, -(-torch.get_num_threads() // q.shape[0]))
+    firsts = range(0, heads, together)
+    return [(slice(at * group, (at + together) * group), slice(at, at + together)) for at in firsts]
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, band: Band, scale: float, partial: bool = False) -> tuple[Tensor, Tensor, slice]:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import random
+from unittest.mock import patch
 
 import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lctrain.kernels.attention import reference
+from lctrain.kernels.attention import fused, reference
 from lctrain.launch.ranks import run_ranks
 from lctrain.parallel.attention import sequence_parallel_attention
 from lctrain.parallel.deal import make_layout
@@ -67,10 +68,11 @@ def compare(rank: int, world_size: int, name: str, cases: int) -> None:
 
         shards = [layout.shard(x, rank, 1, pad=5.0).requires_grad_() for x in (q, k, v)]
         part_scores = None if sinks is None else sinks.clone().requires_grad_()
-        part, part_lse = sequence_parallel_attention(
-            *shards, layout=layout, mask=mask, group=group, strategy=strategy, sinks=part_scores
-        )
-        part.backward(layout.shard(dout, rank, 1, pad=5.0))
+        with patch.object(fused, "LARGE", draw.choice([1, fused.LARGE])):  # head by head, and all at once
+            part, part_lse = sequence_parallel_attention(
+                *shards, layout=layout, mask=mask, group=group, strategy=strategy, sinks=part_scores
+            )
+            part.backward(layout.shard(dout, rank, 1, pad=5.0))
 
         case = (strategy, layout, layout.owners, mask, n_heads, n_kv_heads, sinks is not None)
         wanted = [out, *(leaf.grad for leaf in leaves)]

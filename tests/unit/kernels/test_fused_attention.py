@@ -151,3 +151,17 @@ def test_accumulation_dtype() -> None:
     assert fused.accumulation_dtype(torch.bfloat16) == torch.float32
     assert fused.accumulation_dtype(torch.float32) == torch.float32
     assert fused.accumulation_dtype(torch.float64) == torch.float64
+
+
+@pytest.mark.parametrize(
+    ("threads", "batch", "sizes"), [(1, 1, [2] * 4), (2, 1, [4, 4]), (3, 1, [6, 2]), (3, 2, [4, 4]), (9, 1, [8])]
+)
+def test_large_bands_go_in_portions_that_keep_all_threads_busy(threads: int, batch: int, sizes: list[int]) -> None:
+    q, k, *_ = inputs((8, 4), torch.bfloat16, batch)
+    band = BANDS["full"]
+    assert fused.portions(q, k, band) == [(slice(0, 8), slice(0, 4))], "calls on small bands cost more than their work"
+    with patch.object(fused, "LARGE", band.entries), patch.object(torch, "get_num_threads", lambda: threads):
+        portions = fused.portions(q, k, band)
+    assert [q[0, 0, own].shape[0] for own, _ in portions] == sizes
+    found = [(head, kv) for own, their in portions for i, head in enumerate(range(8)[own]) for kv in [range(4)[their][i // 2]]]
+    assert found == [(head, head // 2) for head in range(8)]
