@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import gc
+import threading
+from collections.abc import Iterator
 from functools import lru_cache
 from typing import NamedTuple
 from weakref import WeakValueDictionary
@@ -81,12 +85,42 @@ def make_plan(
     return plan
 
 
+class _Collector:
+    """Python's collector of reference cycles, paused while any thread makes a schedule.
+
+    That is hundreds of thousands of small objects without a cycle, all alive until the end. Their number alone would make the
+    collector search the whole heap again and again, which takes longer than making them.
+    """
+
+    def __init__(self) -> None:
+        self._lock, self._makers, self._was_on = threading.Lock(), 0, False
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        with self._lock:
+            if not self._makers:
+                self._was_on = gc.isenabled()
+                gc.disable()
+            self._makers += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._makers -= 1
+                if not self._makers and self._was_on:
+                    gc.enable()
+
+
+_collector = _Collector()
+
+
 def _build(
     strategy: str, placement: Placement, mask: AttentionMask, rank: int, direction: Direction, n_kv_heads: int, node: int
 ) -> AttentionPlan:
     placement = in_pieces(placement, mask)
     live = live_tiles(placement, mask)
-    schedule = make_schedule(strategy, Problem(live, direction, n_kv_heads, node))
+    with _collector.paused():
+        schedule = make_schedule(strategy, Problem(live, direction, n_kv_heads, node))
     steps = schedule.ranks[rank]
     last_use: dict[Item, int] = {}
     for index, step in enumerate(steps):

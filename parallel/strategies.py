@@ -212,7 +212,7 @@ def default_node(world_size: int) -> int:
     return max(n for n in range(1, math.isqrt(world_size) + 1) if world_size % n == 0)
 
 
-@lru_cache(maxsize=4)  # at 64 ranks a schedule is megabytes; what is kept for longer is a rank's plan
+@lru_cache(maxsize=2)  # for those who ask for the plans of all ranks; with 64 of them a schedule is many megabytes
 def make_schedule(strategy: str, problem: Problem) -> Schedule:
     """The checked schedule of a strategy; ValueError for an unknown strategy or a node size that does not divide."""
     if strategy not in STRATEGIES:

@@ -35,12 +35,15 @@ def portions(q: Tensor, k: Tensor, band: Band) -> list[tuple[slice, slice]]:
     """Query heads and the key/value heads that they read, as many as should go through `forward` or `backward_` at a time.
 
     On CPU a call needs room for its results, and for half precision for copies of its inputs, in proportion to its heads. As
-    many key/value heads as there are threads, batch rows counted, keep all threads busy; large bands go in such portions.
+    many key/value heads as there are threads, batch rows counted, keep all threads busy; large bands go in such portions. Where
+    one thread has nobody to keep busy, query heads go one by one.
     """
     heads, group = k.shape[2], q.shape[2] // k.shape[2]
     together = heads
     if not q.is_cuda and band.entries >= LARGE:
         together = min(heads, -(-torch.get_num_threads() // q.shape[0]))
+        if torch.get_num_threads() == 1:
+            return [(slice(head, head + 1), slice(head // group, head // group + 1)) for head in range(q.shape[2])]
     firsts = range(0, heads, together)
     return [(slice(at * group, (at + together) * group), slice(at, at + together)) for at in firsts]
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import gc
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lctrain.parallel import plan
 from lctrain.parallel.exchange import Grouped
 from lctrain.parallel.layout import KINDS, SequenceLayout
 from lctrain.parallel.mask import AttentionMask
@@ -93,3 +96,15 @@ def test_all_tokens_of_many_ranks_are_one_kernel_call() -> None:
     plan = make_plan("ring", grouped, AttentionMask.dense(64 * 16), 0, "forward", 8, 1)
     assert plan.whole is not None
     assert plan.whole.band == (0, 1024, 0, 1024, None, 0)
+
+
+def test_the_collector_runs_again_when_the_last_thread_is_done() -> None:
+    first, second = plan._collector.paused(), plan._collector.paused()
+    with first:
+        with second:
+            assert not gc.isenabled()
+        assert not gc.isenabled()
+    assert gc.isenabled()
+    with pytest.raises(ValueError, match="unknown attention strategy"):
+        make_plan("rnig", SequenceLayout("zigzag", 4, 64), AttentionMask.dense(64), 1, "forward", 1, 1)
+    assert gc.isenabled()
