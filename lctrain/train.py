@@ -33,6 +33,7 @@ from lctrain.models.model import LanguageModel
 from lctrain.optim import learning_rate
 from lctrain.parallel.balance import rank_entries
 from lctrain.parallel.mesh import ProcessMesh
+from lctrain.probe.recall import RecallProbe
 from lctrain.resume import checkpoint_meta, resume, training_state
 from lctrain.run_dir import RunDir
 from lctrain.tracking.pictures import draw_pictures
@@ -146,7 +147,10 @@ def _loop(
                 tracker.event("grace", message=warning)
 
     source = SampleSource(config.data, trainer, config.model.vocab_size, "train")
-    evaluation = SampleSource(config.data, trainer, config.model.vocab_size, "valid") if trainer.eval_every else None
+    held_out = None
+    if trainer.eval_every or config.probe.every:
+        held_out = SampleSource(config.data, trainer, config.model.vocab_size, "valid")
+    probe = RecallProbe(config, mesh, engine, held_out) if held_out and config.probe.every else None
     if guard.needs_first_checkpoint:
         save(start)
     watchdog.phase("reading data", start + 1)
@@ -194,9 +198,12 @@ def _loop(
                 saver.wait()  # the checkpoint to go back to, or to leave behind, is to be whole
                 note_saved()
             guard.handle(step, result.problem, source, record, tracker)
-            if evaluation is not None and (step % trainer.eval_every == 0 or step == trainer.steps):
+            if held_out and trainer.eval_every and (step % trainer.eval_every == 0 or step == trainer.steps):
                 watchdog.phase("evaluation", step)
-                record["eval_loss"] = _evaluate(config, mesh, engine, device, evaluation)
+                record["eval_loss"] = _evaluate(config, mesh, engine, device, held_out)
+            if probe and probe.due(step):
+                watchdog.phase("recall probe", step)
+                record |= probe.run()
             tracker.step(record)
             if trainer.replica_check_every and step % trainer.replica_check_every == 0:
                 watchdog.phase("comparing replicas", step)

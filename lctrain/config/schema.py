@@ -18,6 +18,7 @@ from lctrain.config.mamba import check_layout
 from lctrain.config.model import ModelConfig
 from lctrain.config.model_parallel import check_model_parallel
 from lctrain.config.optim import OptimConfig
+from lctrain.config.probe import ProbeConfig
 from lctrain.config.strict import Fraction, NonNegative, NonNegativeFloat, Positive, PositiveFloat, Strict
 from lctrain.config.tracking import TrackingConfig
 
@@ -225,6 +226,8 @@ class TrainConfig(Strict):
     """Optimizer."""
     trainer: TrainerConfig = TrainerConfig()
     """The loop."""
+    probe: ProbeConfig = ProbeConfig()
+    """Recall of a passage seen far back, measured during the run."""
     checkpoint: CheckpointConfig = CheckpointConfig()
     """Checkpoints."""
     launcher: LauncherConfig = LauncherConfig()
@@ -248,6 +251,7 @@ class TrainConfig(Strict):
             raise ValueError(
                 f"trainer.stages cover {staged} steps of trainer.steps={self.trainer.steps}: leave one or more for seq_len"
             )
+        self.probe.check_run(self.trainer.seq_len)
         return self
 
     @property

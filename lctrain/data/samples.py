@@ -59,7 +59,7 @@ class SampleSource:
         if not self._documents:
             raise UserError(
                 f"no document is held out for evaluation with data.valid_fraction={data.valid_fraction}:"
-                " raise it, or set trainer.eval_every=0"
+                " raise it, or set trainer.eval_every=0 and probe.every=0"
                 if split == "valid"
                 else f"data.valid_fraction={data.valid_fraction} leaves no document with tokens for training: lower it"
             )

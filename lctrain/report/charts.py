@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from lctrain.report.experts import expert_charts
+from lctrain.report.recall import recall_charts
 from lctrain.report.svg import Chart, HeatMap, Line, LineChart
 from lctrain.tracking.series import series, smooth
 
@@ -115,6 +116,7 @@ def _long_context(records: Records, marks: Marks) -> list[Chart]:
             lines.append(Line(f"context {name}", [step for step, _ in rows], smooth(values) if len(values) >= 20 else values))
         note = "Targets that see so many tokens of their document, averaged over neighbouring steps"
         charts.append(LineChart("Loss by position over the run", note, "nats per token", lines, marks))
+    charts += recall_charts(records, marks)
     note = "Attention work if all were as busy as each step's busiest context-parallel rank, over the real work; 1 is even"
     charts += curve(records, marks, "Context-parallel imbalance", note, "ratio", {"cp_imbalance": "imbalance"})
     return charts

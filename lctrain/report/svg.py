@@ -109,8 +109,10 @@ class LineChart:
 @dataclasses.dataclass(frozen=True)
 class HeatMap:
     """Rows of cells; 0 is the background's colour and `high` the full one; with `middle`, the full colours lie on both sides.
+    Values below 0 without a middle have the other colour.
 
-    columns: labels of the first and the last column, or of each.
+    first_column, last_column: labels of those, and evenly between them. row_labels: instead of numbers from 0 on. unit: with
+    its space; of values that cannot be above `high`.
     """
 
     title: str
@@ -123,6 +125,8 @@ class HeatMap:
     high: float
     middle: float | None = None
     row_name: str = "row"
+    row_labels: Sequence[str] = ()
+    unit: str = ""
 
     def svg(self) -> str:
         """The chart; every cell tells its value under the pointer."""
@@ -137,7 +141,8 @@ class HeatMap:
                 side, strength = self._strength(value)
                 x, y = round(LEFT + column * wide, 2), round(TOP + index * tall, 2)
                 at = number(self.first_column + span * column)
-                title = html.escape(f"{self.row_name} {index}, {self.x_label} {at}: {number(value)}")
+                name = self.row_labels[index] if self.row_labels else index
+                title = html.escape(f"{self.row_name} {name}, {self.x_label} {at}: {number(value)}{self.unit}")
                 parts.append(
                     f'<rect class="{side}" x="{x}" y="{y}" width="{wide + 0.3:.2f}" height="{tall + 0.3:.2f}"'
                     f' fill-opacity="{strength:.2f}"><title>{title}</title></rect>'
@@ -145,7 +150,8 @@ class HeatMap:
         for tick in ticks(0, len(self.rows) - 1, 8):
             if tick == round(tick):
                 y = TOP + (tick + 0.5) * tall + 4
-                parts.append(f'<text x="{LEFT - 6}" y="{y:.1f}" text-anchor="end">{number(tick)}</text>')
+                label = html.escape(self.row_labels[round(tick)]) if self.row_labels else number(tick)
+                parts.append(f'<text x="{LEFT - 6}" y="{y:.1f}" text-anchor="end">{label}</text>')
         for tick in ticks(self.first_column, self.last_column, 8):
             if tick == round(tick) and span:
                 x = LEFT + ((tick - self.first_column) / span + 0.5) * wide
@@ -162,14 +168,14 @@ class HeatMap:
     def legend(self) -> list[tuple[str, str]]:
         """(class of the colour, label)."""
         if self.middle is None:
-            return [("hot", f"{number(self.high)} or more"), ("none", "0")]
+            return [("hot", f"{number(self.high)}{self.unit or ' or more'}"), ("none", f"0{self.unit}")]
         return [("cold", "0"), ("none", number(self.middle)), ("hot", f"{number(self.high)} or more")]
 
     def _strength(self, value: float) -> tuple[str, float]:
         middle = self.middle or 0.0
         if value >= middle:
             return "hot", min(1.0, (value - middle) / max(1e-30, self.high - middle))
-        return "cold", min(1.0, (middle - value) / max(1e-30, middle))
+        return "cold", min(1.0, (middle - value) / max(1e-30, middle or self.high))
 
 
 Chart = LineChart | HeatMap

@@ -30,11 +30,12 @@ class ConsoleLine:
             self._progress.start()
 
     def step(self, record: dict[str, Any]) -> None:
-        """Show a record if its step is due: multiples of `every`, the last step, evaluations and skipped updates."""
+        """Show a record if its step is due: multiples of `every`, the last step, evaluations, probes and skipped updates."""
         step = int(record["step"])
         self._recent.append((step, time.monotonic()))
         left = self._time_left(step)
-        if step % self._every == 0 or step == self._total or record.get("eval_loss") is not None or record.get("skipped"):
+        shown = any(record.get(key) is not None for key in ("eval_loss", "recall")) or record.get("skipped")
+        if step % self._every == 0 or step == self._total or shown:
             self.message(format_line(record, self._total, left))
         if self._progress:
             with self._survive():
@@ -76,6 +77,7 @@ def format_line(record: dict[str, Any], total: int, left: str) -> str:
     for key, text in (
         ("loss", "loss {:.4f}"),
         ("eval_loss", "eval {:.4f}"),
+        ("recall", "recall {:.1%}"),
         ("grad_norm", "grad {:.3g}"),
         ("lr", "lr {:.2e}"),
         ("tokens_per_s", "{:,.0f} tok/s"),

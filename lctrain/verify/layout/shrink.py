@@ -41,6 +41,7 @@ def shrink(config: TrainConfig, options: LayoutVerifyConfig) -> tuple[TrainConfi
     }
     clip = None if config.optim.clip_norm is None else 0.25
     tree["optim"] |= {"lr": 1e-2, "eps": 1e-3, "clip_norm": clip, "schedule": {"kind": "constant", "warmup_steps": 0}}
+    tree["probe"] = {}
     tree["data"] |= {"prefetch": 1, "workers": 1}
     return TrainConfig.model_validate(tree), notes
 

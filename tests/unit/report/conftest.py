@@ -53,6 +53,7 @@ def record(step: int) -> dict:
         "tokens": 1024,
         "cp_imbalance": 1.0,
         "eval_loss": loss if step % 10 == 0 else None,
+        **({"recall": 0.1, "recall_256": [0.1, None, 0.9], "recall_128": [-0.05, 0.2, 1.0]} if step % 10 == 0 else {}),
         "loss_by_position": [5.0, 4.0, None, 3.0 / step, 2.0],
         "slowest_rank": 1,
         "slowest_rank_excess": 0.2,

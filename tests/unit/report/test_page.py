@@ -51,13 +51,21 @@ def test_every_group_of_charts_is_there_and_restarts_are_marked(make_run):
         "Loss", "Gradient norm", "Learning rate", "Throughput", "Model FLOPs utilisation", "Step time", "Data wait",
         "Peak memory", "Memory by kind", "Context-parallel imbalance", "Loss by position", "Slowest rank", "Time by rank",
         "Exposed communication", "Experts: load", "Experts: max violation", "Experts: largest selection bias",
-        "Checkpoint time", "Tokens trained on",
+        "Checkpoint time", "Tokens trained on", "Recall by depth", "Recall over the run",
     } <= set(page.titles)  # fmt: skip
     assert page.marks >= 12  # a restart in every chart over steps, and the skipped step in that of the loss
     text = render(run)
     assert "restart after step 20" in text
     assert "step 7 was skipped" in text
     assert "finished, 40 steps" in text
+
+
+def test_recall_is_shown_by_length_and_depth(make_run):
+    text = render(make_run(40))
+    assert "<title>context 256, place of the passage in its context, % 100: 90 %</title>" in text
+    assert "<title>context 128, place of the passage in its context, % 0: -5 %</title>" in text
+    assert text.count("<title>context 256") == 2  # one place of three has no number
+    assert 'class="cold"' in text[text.index("<title>context 128") - 200 : text.index("<title>context 128")]
 
 
 @pytest.mark.parametrize("steps", [1, 2, 3, 25])

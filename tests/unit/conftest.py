@@ -1,4 +1,4 @@
-"""A tiny run on made-up data."""
+"""A tiny run on made-up data, for tests of whole runs in process."""
 
 import numpy as np
 import pytest
