@@ -21,7 +21,7 @@ def check_model_parallel(config: TrainConfig, dp: int) -> None:
 def divided_by_tp(model: ModelConfig) -> dict[str, int]:
     """What every tp rank must get an equal share of, by its name in the config."""
     symbols = {layer.symbol for layer in parse_pattern(model.pattern)}
-    parts = {"model.vocab_size": model.vocab_size}
+    parts: dict[str, int] = {}
     if symbols & {"*", "W"}:
         parts["model.attention.n_heads"] = model.attention.n_heads
     if "+" in symbols:
@@ -42,6 +42,8 @@ def _fits_tensor(model: ModelConfig, tp: int) -> str | None:
     for name, size in divided_by_tp(model).items():
         if size % tp:
             return f"does not divide {name}={size}"
+    if -(-model.vocab_size // tp) * (tp - 1) >= model.vocab_size:
+        return f"leaves the last rank without a row of model.vocab_size={model.vocab_size}"
     symbols = {layer.symbol for layer in parse_pattern(model.pattern)}
     kv_heads = model.attention.n_kv_heads
     if symbols & {"*", "W"} and kv_heads % tp and tp % kv_heads:

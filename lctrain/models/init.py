@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor
 
 from lctrain.models.model import LanguageModel
 from lctrain.models.parallel import ModelParallel
-from lctrain.models.place import Family, Place, parameter_places, part_of
+from lctrain.models.place import Family, Place, parameter_places, part_of, whole_shape
 
 
 @torch.no_grad()
@@ -50,9 +50,7 @@ def _initial_part(
     seed: int,
     parallel: ModelParallel,
 ) -> Tensor:
-    shape = list(parameter.shape)
-    for dimension, axis in place.cuts.items():
-        shape[axis] *= parallel.group(dimension).size
+    shape = list(whole_shape(parameter.shape, place, parallel))
     if place.family is Family.EXPERT:  # one by one: no rank needs room for experts that it does not hold
         own = parameter.shape[0]
         first = own * parallel.ep.rank if "ep" in place.cuts else 0

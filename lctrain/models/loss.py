@@ -14,7 +14,13 @@ from lctrain.parallel.layout import IGNORE
 
 
 def linear_cross_entropy(
-    hidden: Tensor, weight: Tensor, labels: Tensor, chunk: int, z_weight: float = 0.0, group: RankGroup | None = None
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    chunk: int,
+    z_weight: float = 0.0,
+    group: RankGroup | None = None,
+    first: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Sum of next-token losses.
 
@@ -22,8 +28,9 @@ def linear_cross_entropy(
         hidden: [N, d]. weight: [V, d]. labels: int64 [N], IGNORE where there is no target.
         chunk: tokens whose logits [chunk, V] exist at once.
         z_weight: adds z_weight * logsumexp(logits)^2 per target (Chowdhery et al. 2022).
-        group: ranks that divide the vocabulary: weight is this rank's [V / size, d], hidden and labels are the same on all.
-            Results are then equal on all ranks, and the gradient of hidden is this rank's part of a sum.
+        group: ranks that divide the vocabulary: weight is this rank's rows, those of the token ids from `first` on, hidden and
+            labels are the same on all. Results are then equal on all ranks, and the gradient of hidden is this rank's part of
+            a sum.
 
     Returns:
         The objective (sum over targets, with z-loss; differentiable), and without gradient the sum of the cross-entropies
@@ -31,12 +38,12 @@ def linear_cross_entropy(
     """
     if not torch.is_grad_enabled():  # a parameter says that it needs a gradient even then, and forming it is half of the work
         hidden, weight = hidden.detach(), weight.detach()
-    return _LinearCrossEntropy.apply(hidden, weight, labels, chunk, z_weight, group or RankGroup())
+    return _LinearCrossEntropy.apply(hidden, weight, labels, chunk, z_weight, group or RankGroup(), first)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden: Tensor, weight: Tensor, labels: Tensor, chunk: int, z_weight: float, group: RankGroup):
+    def forward(ctx, hidden: Tensor, weight: Tensor, labels: Tensor, chunk: int, z_weight: float, group: RankGroup, first: int):
         wide = torch.promote_types(hidden.dtype, torch.float32)
         need_hidden, need_weight = ctx.needs_input_grad[:2]
         dhidden = torch.empty_like(hidden) if need_hidden else None
@@ -50,7 +57,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             valid = target != IGNORE
             logits = _wide_product(x, matrix.t())
             lse = logits.logsumexp(dim=-1)
-            row = target - group.rank * len(weight)
+            row = target - first
             here = valid & (row >= 0) & (row < len(weight))
             row = torch.where(here, row, 0).unsqueeze(1)
             picked = torch.where(here, logits.gather(1, row).squeeze(1), 0.0)
@@ -83,7 +90,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             dhidden = dhidden * upstream.to(dhidden.dtype)
         if dweight is not None:
             dweight = (dweight * upstream).to(ctx.weight_dtype)
-        return dhidden, dweight, None, None, None, None
+        return dhidden, dweight, None, None, None, None, None
 
 
 def _wide_product(a: Tensor, b: Tensor) -> Tensor:

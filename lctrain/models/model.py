@@ -17,7 +17,7 @@ from lctrain.models.parallel import ModelParallel
 from lctrain.models.pattern import LayerSpec, parse_pattern
 from lctrain.models.place import Place
 from lctrain.models.registry import Mixer, build_mixer
-from lctrain.models.tensor_parallel import column_linear, embed, gather_tokens
+from lctrain.models.tensor_parallel import OutputProjection, Vocabulary, embed, gather_tokens
 from lctrain.models.watch import Watch
 from lctrain.parallel.mask import Borders
 from lctrain.parallel.sequence import SequenceMeta
@@ -69,18 +69,17 @@ class LanguageModel(nn.Module):
         self.config, self.dtype, self.checkpointing = config, dtype, checkpointing
         self.parallel = parallel or ModelParallel()
         self.watch: Watch | None = None
-        tp = self.parallel.tp.size
-        assert config.vocab_size % tp == 0, (config.vocab_size, tp)
-        self.embedding = nn.Parameter(torch.empty(config.vocab_size // tp, config.d_model))
+        self.vocabulary = Vocabulary(self.parallel, config.vocab_size)
+        self.embedding = nn.Parameter(torch.empty(len(self.vocabulary.ids), config.d_model))
         self.layers: Sequence[Sublayer] = nn.ModuleList(  # type: ignore[assignment]
             Sublayer(spec, config, self.parallel) for spec in parse_pattern(config.pattern)
         )
         self.norm = RMSNorm(config.d_model, config.norm_eps, self.parallel)
-        self.head = None if config.tie_embeddings else column_linear(self.parallel, config.d_model, config.vocab_size)
+        self.head = None if config.tie_embeddings else OutputProjection(self.vocabulary, config.d_model)
 
     def places(self) -> dict[str, Place]:
         """See Place."""
-        return {"embedding": Place(cuts={"tp": 0})} if self.parallel.tp.size > 1 else {}
+        return {"embedding": self.vocabulary.place}
 
     @property
     def depth(self) -> int:
@@ -89,7 +88,7 @@ class LanguageModel(nn.Module):
 
     @property
     def output_weight(self) -> Tensor:
-        """[vocab_size / tp, d_model]: the head's matrix, or the embedding if they are tied."""
+        """[tp rank's share of vocab_size, d_model]: the head's matrix, or the embedding if they are tied."""
         return self.embedding if self.head is None else self.head.weight
 
     def forward(
@@ -104,7 +103,7 @@ class LanguageModel(nn.Module):
 
     def embed(self, tokens: Tensor) -> Tensor:
         """int64 [B, T] -> [B, S, d_model]."""
-        return embed(self.parallel, tokens, self.embedding, self.dtype)
+        return embed(self.parallel, tokens, self.embedding, self.vocabulary.ids, self.dtype)
 
     def run(self, x: Tensor, seq: SequenceMeta) -> Tensor:
         """All sublayers, [B, S, d_model] -> same shape."""
@@ -125,7 +124,13 @@ class LanguageModel(nn.Module):
         """Last norm, output projection and loss of x [B, S, d_model]."""
         hidden = self.normed(x, seq)
         objective, cross_entropy, losses = linear_cross_entropy(
-            hidden.flatten(0, 1), self.output_weight, labels.flatten(), loss_chunk, z_weight, self.parallel.tp
+            hidden.flatten(0, 1),
+            self.output_weight,
+            labels.flatten(),
+            loss_chunk,
+            z_weight,
+            self.parallel.tp,
+            self.vocabulary.ids.start,
         )
         if self.watch and torch.is_grad_enabled() and self.parallel.tp.rank == 0:  # all tp ranks have the same
             self.watch.losses(losses, labels, seq.positions)

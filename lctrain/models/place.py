@@ -6,6 +6,8 @@ import dataclasses
 from collections.abc import Mapping
 from enum import StrEnum
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lctrain.models.parallel import ModelParallel
@@ -23,10 +25,15 @@ class Family(StrEnum):
 
 @dataclasses.dataclass(frozen=True)
 class Place:
-    """cuts: which dimension of the tensor is divided evenly over `tp`, `ep` or `etp`, in the order of ranks."""
+    """cuts: which axis of the tensor is divided over `tp`, `ep` or `etp`, in the order of ranks.
+
+    lengths: by the same names, how long that axis is in the whole tensor, where ranks may have parts of unequal length: as
+    torch.chunk deals them, ceil(length / ranks) each, and the last what remains. Without it parts are equal.
+    """
 
     family: Family = Family.DENSE
     cuts: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    lengths: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
     def decays(self, parameter: Tensor) -> bool:
         """Whether weight decay applies: matrices only."""
@@ -43,11 +50,38 @@ def parameter_places(model: nn.Module) -> dict[str, Place]:
     return {name: found[name] for name, _ in model.named_parameters()}
 
 
+def own_share(length: int, ranks: int, rank: int) -> range:
+    """Which of `length` things a rank has: ceil(length / ranks), or what is left for it."""
+    share = -(-length // ranks)
+    return range(min(length, rank * share), min(length, (rank + 1) * share))
+
+
 def part_of(whole: Tensor, place: Place, parallel: ModelParallel) -> Tensor:
     """This rank's view of a whole tensor."""
     for dimension, axis in place.cuts.items():
-        group = parallel.group(dimension)
-        assert whole.shape[axis] % group.size == 0, (dimension, axis, whole.shape)
-        size = whole.shape[axis] // group.size
-        whole = whole.narrow(axis, group.rank * size, size)
+        group, length = parallel.group(dimension), whole.shape[axis]
+        assert length == place.lengths.get(dimension, length // group.size * group.size), (dimension, axis, whole.shape)
+        own = own_share(length, group.size, group.rank)
+        whole = whole.narrow(axis, own.start, len(own))
     return whole
+
+
+def whole_shape(part: torch.Size, place: Place, parallel: ModelParallel) -> torch.Size:
+    """The shape of the tensor that this rank has a part of."""
+    shape = list(part)
+    for dimension, axis in place.cuts.items():
+        shape[axis] = place.lengths.get(dimension, shape[axis] * parallel.group(dimension).size)
+    return torch.Size(shape)
+
+
+def whole_of(part: Tensor, place: Place, parallel: ModelParallel) -> Tensor:
+    """The whole tensor, on every rank, from the ranks' parts. Collective."""
+    for dimension, axis in place.cuts.items():
+        group, length = parallel.group(dimension), place.lengths.get(dimension)
+        if length is not None:  # the gather takes parts of one shape
+            missing = len(own_share(length, group.size, 0)) - part.shape[axis]
+            part = F.pad(part, [0, 0] * (part.dim() - 1 - axis) + [0, missing])
+        part = torch.cat(list(group.all_gather("gradients", part)), dim=axis)
+        if length is not None:
+            part = part.narrow(axis, 0, length)
+    return part

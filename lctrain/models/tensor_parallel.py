@@ -17,6 +17,7 @@ from torch import Tensor
 
 from lctrain.models.layers import Linear
 from lctrain.models.parallel import ModelParallel
+from lctrain.models.place import Place, own_share
 from lctrain.parallel.sequence import SequenceMeta
 
 
@@ -86,12 +87,38 @@ def sum_tokens(parallel: ModelParallel, x: Tensor) -> Tensor:
     return reduce_scatter(parallel.tp, x)
 
 
-def embed(parallel: ModelParallel, tokens: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
-    """Rows of an embedding whose vocabulary is divided: int64 [B, T] and [V / tp, d] -> [B, S, d]."""
+class Vocabulary:
+    """Which token ids' rows of the embedding and of the output projection a tp rank has.
+
+    Every rank has ceil(V / tp) of them, the last what remains: of a V that tp does not divide no row is padding, so none has to
+    be kept from probabilities, gradients, norms and checkpoints.
+
+    ids: of this rank. place: of a weight [len(ids), d].
+    """
+
+    def __init__(self, parallel: ModelParallel, size: int) -> None:
+        self.ids = own_share(size, parallel.tp.size, parallel.tp.rank)
+        assert self.ids, (size, parallel.tp.size)
+        self.place = Place(cuts={"tp": 0}, lengths={"tp": size}) if parallel.tp.size > 1 else Place()
+
+
+class OutputProjection(Linear):
+    """Rows of the output projection, [len(vocabulary.ids), d]; the loss multiplies with them (lctrain.models.loss)."""
+
+    def __init__(self, vocabulary: Vocabulary, d_in: int) -> None:
+        super().__init__(d_in, len(vocabulary.ids))
+        self._place = vocabulary.place
+
+    def places(self) -> dict[str, Place]:
+        """See Place."""
+        return {"weight": self._place}
+
+
+def embed(parallel: ModelParallel, tokens: Tensor, weight: Tensor, ids: range, dtype: torch.dtype) -> Tensor:
+    """Rows of an embedding whose vocabulary is divided: int64 [B, T] and [len(ids), d] -> [B, S, d]. ids: see Vocabulary."""
     if parallel.tp.size == 1:
         return F.embedding(tokens, weight).to(dtype)
-    rows = weight.shape[0]
-    own = tokens - parallel.tp.rank * rows
-    elsewhere = (own < 0) | (own >= rows)
+    own = tokens - ids.start
+    elsewhere = (own < 0) | (own >= len(ids))
     x = F.embedding(own.masked_fill(elsewhere, 0), weight).masked_fill(elsewhere.unsqueeze(-1), 0.0)
     return sum_tokens(parallel, x.to(dtype))

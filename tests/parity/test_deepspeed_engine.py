@@ -36,7 +36,7 @@ CUT_ALL = {"zero_optimization": {"stage3_param_persistence_threshold": 0}}
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """One engine and grid. pattern, tie and length must be equal in two that are compared."""
+    """One engine and grid. pattern, tie, length and vocab must be equal in two that are compared."""
 
     zero: int | None = 1
     tp: int = 1
@@ -52,6 +52,7 @@ class Case:
     pattern: str = "*-W-"
     tie: bool = False
     length: int = 101
+    vocab: int = VOCAB
     dtype: str = "fp32"
     persist: bool = False
     offload: str = ""
@@ -84,7 +85,7 @@ class Case:
             model=ModelConfig(
                 pattern=self.pattern,
                 d_model=32,
-                vocab_size=VOCAB,
+                vocab_size=self.vocab,
                 tie_embeddings=self.tie,
                 attention=AttentionConfig(n_heads=4, n_kv_heads=2, window=20, qk_norm=True, bias=True, sinks=True),
                 mlp=MlpConfig(d_ff=48),
@@ -119,9 +120,8 @@ class Case:
     def reference(self) -> Case:
         pattern = self.pattern.replace("|", "")
         rows = self.micro_batch if "E" in pattern or self.mixed else 3  # balancing losses count over a micro-batch
-        return Case(
-            None, pattern=pattern, tie=self.tie, length=self.length, dtype=self.dtype, micro_batch=rows, mixed=self.mixed
-        )
+        same = {name: getattr(self, name) for name in ("tie", "length", "vocab", "dtype", "mixed")}
+        return Case(None, pattern=pattern, micro_batch=rows, **same)
 
 
 def whole(tensor: Tensor) -> Tensor:
@@ -255,6 +255,9 @@ CASES = {
     "tp2 cp2, zero 3, experts ep2": Case(3, tp=2, cp=2, ep=2, pattern=MIXED),
     "tp2 dp2, zero 2, experts etp2": Case(2, tp=2, dp=2, etp=2, pattern=MIXED),
     "tp2 pp2, zero 1, tied": Case(1, tp=2, pp=2, tie=True, length=103),
+    "tp2, zero 0, odd vocabulary": Case(0, tp=2, vocab=61),
+    "tp2 cp2, zero 3, odd vocabulary": Case(3, tp=2, cp=2, vocab=61),
+    "tp2 pp2, zero 1, odd vocabulary, tied": Case(1, tp=2, pp=2, vocab=61, tie=True),
 }
 
 

@@ -34,7 +34,7 @@ GLOBAL_BATCH = 6
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """One engine and grid. pattern, tie, kv_heads, length must be equal in two that are compared."""
+    """One engine and grid. pattern, tie, kv_heads, length, vocab must be equal in two that are compared."""
 
     engine: str = "megatron"
     tp: int = 1
@@ -53,6 +53,7 @@ class Case:
     tie: bool = False
     kv_heads: int = 2
     length: int = 101
+    vocab: int = VOCAB
     dtype: str = "fp32"
 
     @property
@@ -65,7 +66,7 @@ class Case:
             model=ModelConfig(
                 pattern=self.pattern,
                 d_model=32,
-                vocab_size=VOCAB,
+                vocab_size=self.vocab,
                 tie_embeddings=self.tie,
                 attention=AttentionConfig(n_heads=4, n_kv_heads=self.kv_heads, window=20, qk_norm=True, bias=True, sinks=True),
                 mlp=MlpConfig(d_ff=48),
@@ -108,7 +109,8 @@ class Case:
         )
 
     def reference(self) -> Case:
-        return Case("torch", pattern=self.pattern, tie=self.tie, kv_heads=self.kv_heads, length=self.length, dtype=self.dtype)
+        same = ("pattern", "tie", "kv_heads", "length", "vocab", "dtype")
+        return Case("torch", **{name: getattr(self, name) for name in same})
 
 
 def whole(tensor: Tensor) -> Tensor:
@@ -240,6 +242,8 @@ CASES = {
     "hybrid: cp2 pp2": Case(pattern=HYBRID, cp=2, pp=2),
     "hybrid: tp2 cp2": Case(pattern=HYBRID, tp=2, cp=2),
     "tp2 cp2 pp2": Case(tp=2, cp=2, pp=2, tie=True),
+    "tp2 dp2, odd vocabulary": Case(tp=2, dp=2, vocab=61),
+    "tp2 pp2, odd vocabulary, tied, plain optimizer": Case(tp=2, pp=2, vocab=61, tie=True, distributed_optimizer=False),
 }
 
 
@@ -276,6 +280,7 @@ def continue_from(rank: int, size: int, case: Case, make_batch: Callable, folder
 CONTINUED = {
     "torch, then tp2 pp2": (Case("torch", tie=True), Case(tp=2, pp=2, tie=True)),
     "tp2 pp2, then torch": (Case(tp=2, pp=2, tie=True), Case("torch", tie=True)),
+    "odd vocabulary: tp2, then torch dp2": (Case(tp=2, vocab=61), Case("torch", dp=2, vocab=61)),
     "mixtures: torch dp2 ep2, then tp2 cp2 ep4": (
         Case("torch", dp=2, ep=2, pattern=MIXED),
         Case(tp=2, cp=2, ep=4, pattern=MIXED),

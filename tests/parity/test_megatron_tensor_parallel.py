@@ -10,7 +10,7 @@ from lctrain.launch.ranks import run_ranks
 from lctrain.models.init import initialise
 from lctrain.models.model import LanguageModel
 from lctrain.models.parallel import ModelParallel
-from lctrain.models.place import parameter_places, part_of
+from lctrain.models.place import parameter_places, part_of, whole_of, whole_shape
 from lctrain.parallel.group import RankGroup
 from lctrain.parallel.layout import IGNORE, SequenceLayout, document_positions, shift_labels
 from lctrain.parallel.sequence import SequenceMeta
@@ -37,6 +37,21 @@ MODELS = {
         d_model=24,
         vocab_size=36,
         attention=AttentionConfig(n_heads=6, n_kv_heads=2, head_dim=4, routed_heads=RoutedHeadsConfig(shared=1, top_k=2)),
+        mlp=MlpConfig(d_ff=36),
+    ),
+    "a vocabulary that does not divide": ModelConfig(
+        pattern="*-",
+        d_model=24,
+        vocab_size=37,
+        attention=AttentionConfig(n_heads=12, n_kv_heads=12),
+        mlp=MlpConfig(d_ff=36),
+    ),
+    "a tied vocabulary that does not divide": ModelConfig(
+        pattern="*-",
+        d_model=24,
+        vocab_size=37,
+        tie_embeddings=True,
+        attention=AttentionConfig(n_heads=12, n_kv_heads=12),
         mlp=MlpConfig(d_ff=36),
     ),
     "two KV heads": ModelConfig(
@@ -68,6 +83,9 @@ def compare(rank: int, size: int, model: ModelConfig, length: int, rows: int, ch
     ours, sums = run(model, length, rows, ModelParallel(tp=RankGroup(dist.group.WORLD)), checkpointing, dtype)
     plain, expected = run(model, length, rows, ModelParallel(), False, dtype)
     places = parameter_places(ours)
+    for name, parameter in ours.named_parameters():
+        assert whole_shape(parameter.shape, places[name], ours.parallel) == plain.get_parameter(name).shape, name
+        assert torch.equal(whole_of(parameter.detach(), places[name], ours.parallel), plain.get_parameter(name)), name
     assert [name for name, _ in ours.named_parameters()] == [name for name, _ in plain.named_parameters()]
     assert ours.state_dict().keys() == plain.state_dict().keys()
     errors = {}
@@ -88,6 +106,9 @@ def compare(rank: int, size: int, model: ModelConfig, length: int, rows: int, ch
         ("one KV head, biases, norms, sinks, tied", 2, 11, 1, False),
         ("one KV head, biases, norms, sinks, tied", 4, 13, 2, True),
         ("two KV heads", 2, 15, 2, False),
+        ("a vocabulary that does not divide", 2, 13, 2, True),
+        ("a vocabulary that does not divide", 3, 11, 1, False),
+        ("a tied vocabulary that does not divide", 4, 13, 2, False),
         ("routed heads", 2, 13, 2, True),
         ("two KV heads", 4, 9, 1, False),
         ("two KV heads", 2, 2, 1, False),

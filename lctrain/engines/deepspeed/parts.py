@@ -14,7 +14,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 
 from lctrain.models.parallel import ModelParallel
-from lctrain.models.place import Family, Place, part_of
+from lctrain.models.place import Family, Place, own_share, part_of, whole_of, whole_shape
 from lctrain.parallel.group import RankGroup
 from lctrain.parallel.mesh import MeshGroups, ProcessMesh
 
@@ -51,9 +51,7 @@ class Parts:
 
     def whole(self, part: Part, tensor: Tensor) -> Tensor:
         """The parameter from a tensor of the part's shape. Collective."""
-        for name, axis in self.cuts(part).items():
-            tensor = torch.cat(list(self.parallel.group(name).all_gather("gradients", tensor)), dim=axis)
-        return tensor
+        return whole_of(tensor, self._place(part), self.parallel)
 
     def described(self, part: Part, tensor: Tensor) -> Tensor:
         """This rank's rows of a tensor of the part's shape, as a DTensor that knows the whole."""
@@ -65,13 +63,9 @@ class Parts:
         placements: list[Placement] = [Shard(cuts[name]) if name in cuts else Replicate() for name in names]
         if self.copies(part).size > 1:
             placements[-1] = Shard(0)
-        shape = list(part.shape)
-        for name, axis in cuts.items():
-            shape[axis] *= self.parallel.group(name).size
+        shape = whole_shape(part.shape, self._place(part), self.parallel)
         stride = torch.empty(shape, device="meta").stride()
-        return DTensor.from_local(
-            tensor[rows].clone(), grid, placements, run_check=False, shape=torch.Size(shape), stride=stride
-        )
+        return DTensor.from_local(tensor[rows].clone(), grid, placements, run_check=False, shape=shape, stride=stride)
 
     def undescribed(self, part: Part, value: Tensor) -> Tensor:
         """The part from what `described` made of it, or from a whole tensor of the parameter. Collective."""
@@ -80,13 +74,17 @@ class Parts:
             row = part.shape[1:].numel()
             return self.joined(part, value.to_local().reshape(-1), rows.start * row)
         whole = value.full_tensor() if isinstance(value, DTensor) else value
-        return part_of(whole, Place(part.place.family, self.cuts(part)), self.parallel)
+        return part_of(whole, self._place(part), self.parallel)
+
+    def _place(self, part: Part) -> Place:
+        """The part's place, of whose cuts only the real ones are left."""
+        return dataclasses.replace(part.place, cuts=self.cuts(part))
 
     def _rows(self, part: Part) -> slice:
         """Which rows of the part this rank describes: its share, as torch.chunk deals them."""
         copies = self.copies(part)
-        share = -(-part.shape[0] // copies.size)
-        return slice(min(part.shape[0], share * copies.rank), min(part.shape[0], share * (copies.rank + 1)))
+        own = own_share(part.shape[0], copies.size, copies.rank)
+        return slice(own.start, own.stop)
 
     def _grid(self, part: Part) -> DeviceMesh | None:
         """The ranks of this pipeline stage, along the dimensions that cut parameters like this one and along its copies."""

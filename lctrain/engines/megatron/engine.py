@@ -58,9 +58,9 @@ class MegatronEngine:
         self._has_mixtures = bool(balancers(self.model))
         self.collection = group_collection(mesh, groups)
         self.megatron_config = _megatron_config(config, mesh, len(self.model.layers))
-        parallel = ModelParallel(groups.tp, groups.ep, groups.etp, groups.dp_cp)
+        self.parallel = ModelParallel(groups.tp, groups.ep, groups.etp, groups.dp_cp)
         self.pieces = [
-            Piece(config.model, DTYPES[config.engine.dtype], self._checkpointing, parallel, r) for r in self._ranges()
+            Piece(config.model, DTYPES[config.engine.dtype], self._checkpointing, self.parallel, r) for r in self._ranges()
         ]
         self.parameters: dict[str, nn.Parameter] = {}
         self.places: dict[str, Place] = {}

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 
-from lctrain.models.place import Place
+from lctrain.models.place import Place, whole_of, whole_shape
 from lctrain.optim import checkpoint_groups
 
 if TYPE_CHECKING:
@@ -52,11 +52,8 @@ class EngineState:
         if engine.config.engine.distributed_optimizer:
             self._complete_gradients()
         for name, parameter in engine.parameters.items():
-            whole: Tensor = parameter.main_grad  # type: ignore[attr-defined]
-            for dimension, axis in engine.places[name].cuts.items():
-                parts = getattr(engine.groups, dimension).all_gather("gradients", whole)
-                whole = torch.cat(list(parts), dim=axis)
-            found[name] = whole.float().cpu()
+            own: Tensor = parameter.main_grad  # type: ignore[attr-defined]
+            found[name] = whole_of(own, engine.places[name], engine.parallel).float().cpu()
         if engine.mesh.pp == 1:
             return {name: x.clone() for name, x in found.items()} if engine.mesh.rank == 0 else {}
         stages: list[Any] | None = [None] * engine.mesh.size if engine.mesh.rank == 0 else None
@@ -77,13 +74,11 @@ class EngineState:
         cuts = {name: axis for name, axis in place.cuts.items() if getattr(self.engine.groups, name).size > 1}
         if not cuts:
             return tensor
-        shape = list(tensor.shape)
-        for name, axis in cuts.items():
-            shape[axis] *= getattr(self.engine.groups, name).size
+        shape = whole_shape(tensor.shape, place, self.engine.parallel)
         stride = torch.empty(shape, device="meta").stride()
         grid = self._grid(tuple(cuts), tensor.device.type)
         shards = [Shard(axis) for axis in cuts.values()]
-        return DTensor.from_local(tensor, grid, shards, run_check=False, shape=torch.Size(shape), stride=stride)
+        return DTensor.from_local(tensor, grid, shards, run_check=False, shape=shape, stride=stride)
 
     def _grid(self, dimensions: tuple[str, ...], device: str) -> DeviceMesh:
         """The ranks that hold the parts of a parameter cut along `dimensions`."""

@@ -11,7 +11,9 @@ from lctrain.config.schema import TrainConfig
 from lctrain.config.verify import LayoutVerifyConfig
 from lctrain.models.pattern import CUT, parse_pattern, pipeline_cuts
 
-WIDTH, HEAD, MOST_HEADS, MOST_EXPERTS, CHUNK, VOCABULARY = 64, 8, 64, 16, 16, 256
+WIDTH, HEAD, MOST_HEADS, MOST_EXPERTS, CHUNK = 64, 8, 64, 16, 16
+VOCABULARY, DIVISIBLE = 256, 120
+"""A larger vocabulary shrinks to one of 120 to 239 that leaves the same rest by 2, 3, 4, 5, 6 and 8 tensor-parallel ranks."""
 Tree = dict[str, Any]
 
 
@@ -86,7 +88,10 @@ def _shrink_grid(tree: Tree, most: int) -> list[str]:
 
 def _shrink_model(model: Tree, parallel: Tree, length: int) -> None:
     model["pattern"] = _short_pattern(model["pattern"], parallel)
-    model |= {"d_model": WIDTH, "vocab_size": min(model["vocab_size"], VOCABULARY), "init_std": 0.08}
+    vocabulary = model["vocab_size"]
+    if vocabulary > VOCABULARY:
+        vocabulary = DIVISIBLE + vocabulary % DIVISIBLE
+    model |= {"d_model": WIDTH, "vocab_size": vocabulary, "init_std": 0.08}
     attention = model["attention"]
     while attention["n_heads"] > MOST_HEADS and attention["n_kv_heads"] % 2 == 0:
         attention["n_heads"] //= 2

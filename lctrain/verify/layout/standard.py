@@ -51,6 +51,10 @@ MEGATRON = {
     "dense megatron pp2 cp2": f"{DENSE} parallel.pp=2 parallel.cp=2",
     "dense megatron pp2 cp2 interleaved": f"{DENSE} parallel.pp=2 parallel.cp=2 parallel.virtual_stages=2",
     "dense megatron tp2 cp2 pp2": f"{DENSE} parallel.tp=2 parallel.cp=2 parallel.pp=2",
+    "dense megatron tp2 dp2, odd vocabulary": f"{DENSE} parallel.tp=2 parallel.dp=2 model.vocab_size=251",
+    "dense megatron tp2 pp2 tied, odd vocabulary": (
+        f"{DENSE} parallel.tp=2 parallel.pp=2 model.tie_embeddings=true model.vocab_size=251"
+    ),
     "latent megatron tp2 cp2": f"{LATENT} parallel.tp=2 parallel.cp=2",
     "hybrid megatron tp2": f"{HYBRID} parallel.tp=2",
     "hybrid megatron pp2 cp2": f"{HYBRID} parallel.pp=2 parallel.cp=2",
@@ -67,6 +71,9 @@ DEEPSPEED = {
     "dense deepspeed zero1 tp2 cp2": f"{DENSE} engine.zero=1 parallel.tp=2 parallel.cp=2",
     "dense deepspeed zero2 tp2 cp2": f"{DENSE} engine.zero=2 parallel.tp=2 parallel.cp=2",
     "dense deepspeed zero3 tp2 cp2": f"{DENSE} engine.zero=3 parallel.tp=2 parallel.cp=2",
+    "dense deepspeed zero3 tp2 cp2, odd vocabulary": (
+        f"{DENSE} engine.zero=3 parallel.tp=2 parallel.cp=2 model.vocab_size=251"
+    ),
     "dense deepspeed pp2 cp2": f"{DENSE} engine.zero=0 parallel.pp=2 parallel.cp=2",
     "dense deepspeed zero1 pp2 tied": f"{DENSE} engine.zero=1 parallel.pp=2 model.tie_embeddings=true",
     "hybrid deepspeed zero3 cp2": f"{HYBRID} engine.zero=3 parallel.cp=2",

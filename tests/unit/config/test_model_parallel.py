@@ -32,7 +32,10 @@ def config(
     )
 
 
-@pytest.mark.parametrize("parallel", [{"tp": 2}, {"tp": 4}, {"tp": 12}, {"pp": 4}, {"tp": 2, "pp": 2, "virtual_stages": 2}])
+@pytest.mark.parametrize(
+    "parallel",
+    [{"tp": 2}, {"tp": 4}, {"tp": 12}, {"pp": 4}, {"tp": 2, "pp": 2, "virtual_stages": 2}, {"tp": 2, "vocab": 61}],
+)
 def test_what_divides_is_taken(parallel: dict[str, int]) -> None:
     config(**parallel)
 
@@ -40,13 +43,13 @@ def test_what_divides_is_taken(parallel: dict[str, int]) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"tp": 5}, r"parallel.tp=5 does not divide model.vocab_size=96; for this model it can be 1, 2, 4"),
+        ({"tp": 5}, r"parallel.tp=5 does not divide model.attention.n_heads=12; for this model it can be 1, 2, 4"),
         ({"tp": 8}, r"parallel.tp=8 does not divide model.attention.n_heads=12; .* 1, 2, 4, 12"),
         ({"tp": 3}, r"parallel.tp=3 neither divides model.attention.n_kv_heads=4 nor is a multiple of it; .* 1, 2, 4"),
-        ({"tp": 16, "pattern": "--"}, r"parallel.tp=16 does not divide model.mlp.d_ff=72; .* 1, 2, 3, 4, 6, 8, 12, 24"),
+        ({"tp": 16, "pattern": "--"}, r"parallel.tp=16 does not divide model.mlp.d_ff=72; .* 1, 2, 3, 4, 6, 8, 9, 12, 24"),
         ({"tp": 4, "pattern": "M-"}, r"parallel.tp=4 does not divide model.mamba.n_groups=2; .* 1, 2 \["),
         ({"tp": 4, "pattern": "+-"}, r"parallel.tp=4 does not divide model.latent_attention.n_heads=2"),
-        ({"tp": 2, "vocab": 61}, r"parallel.tp=2 does not divide model.vocab_size=61; .* be 1 \["),
+        ({"tp": 4, "vocab": 5}, r"parallel.tp=4 leaves the last rank without a row of model.vocab_size=5; .* be 1, 2 \["),
         ({"pp": 8}, r"parallel.pp=8 is 8 stages for 4 sublayers of pattern '\*-\*-'; take at most 4"),
         ({"pp": 2, "virtual_stages": 3}, r"parallel.pp=2 x parallel.virtual_stages=3 is 6 stages for 4 sublayers"),
         ({"pp": 2, "pattern": "*|-*|-"}, r"2 cuts '\|', so 3 stages, but parallel.pp=2 is 2"),
