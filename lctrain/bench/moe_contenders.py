@@ -9,16 +9,15 @@ machine likes.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lctrain.bench.documents import document_borders
-from lctrain.bench.memory import forget_peak, peak_resident_mib, resident_mib
+from lctrain.bench.passes import Pass, timed_pass
 from lctrain.config.bench_moe import MoeBenchConfig
 from lctrain.config.model import MlpConfig, ModelConfig
 from lctrain.config.moe import BalanceConfig, MoeConfig
@@ -30,15 +29,6 @@ from lctrain.parallel.group import RankGroup
 from lctrain.parallel.layout import SequenceLayout, document_positions
 from lctrain.parallel.sequence import SequenceMeta
 from lctrain.verify.blocks.compare import randomise
-
-
-class Pass(NamedTuple):
-    """Wall seconds of both directions, CPU seconds of both together (all threads), and MiB above what was resident before."""
-
-    forward_s: float
-    backward_s: float
-    cpu_s: float
-    memory_mib: float
 
 
 class Contender:
@@ -59,15 +49,7 @@ class Contender:
 
     def run(self) -> Pass:
         """One forward and backward pass."""
-        for leaf in (self.x, *self.module.parameters()):
-            leaf.grad = None
-        forget_peak()
-        before, cpu, start = resident_mib(), time.process_time(), time.perf_counter()
-        y = self.forward(self.x)
-        middle = time.perf_counter()
-        y.backward(self.dy)
-        end = time.perf_counter()
-        return Pass(middle - start, end - middle, time.process_time() - cpu, peak_resident_mib() - before)
+        return timed_pass(lambda: self.forward(self.x), self.dy, (self.x, *self.module.parameters()))
 
     def results(self) -> dict[str, Any]:
         """y and the gradients of a pass, as numpy arrays."""

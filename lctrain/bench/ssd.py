@@ -5,18 +5,15 @@ from __future__ import annotations
 import importlib.util
 import os
 from contextlib import ExitStack
-from statistics import median
 from typing import Any
 
 from lctrain.bench.child import Child
+from lctrain.bench.passes import COLUMNS, both_s, cells, differ, differences, take_turns
 from lctrain.bench.report import check_output, introduce_machine, store
-from lctrain.bench.ssd_contenders import Contender, Pass
+from lctrain.bench.ssd_contenders import Contender
 from lctrain.config.bench_ssd import SsdBenchConfig
 from lctrain.console import progress, say, table, warn
 from lctrain.models.recurrent import scan_flops
-
-SAME = {"fp32": 1e-4, "bf16": 5e-2}
-"""Largest relative difference of outputs and gradients at which two contenders still compute the same function."""
 
 
 def bench_ssd(config: SsdBenchConfig) -> int:
@@ -40,7 +37,7 @@ def bench_ssd(config: SsdBenchConfig) -> int:
     results += [_measure(config, seq, rivals, threads) for seq in config.seq]
     _print(results, config.seq[0])
     store(config, "ssd", machine, results)
-    wrong = [result for result in results if any(error > SAME[config.dtype] for error in result.get("errors", {}).values())]
+    wrong = [result for result in results if differ(result, config.dtype)]
     for result in wrong:
         warn(f"at {result['seq']} tokens the contenders do not compute the same function: {result['errors']}")
     return int(bool(wrong))
@@ -58,69 +55,31 @@ def _measure(config: SsdBenchConfig, seq: int, names: list[str], threads: int) -
     """Passes of all contenders in turn; where it is the shortest length, their results are compared too."""
     with ExitStack() as stack, progress(f"seq {seq}", config.repeats + 1, "passes") as advance:
         contenders = {name: stack.enter_context(Child(Contender, threads, config, seq, name)) for name in names}
-        passes: dict[str, list[Pass]] = {name: [] for name in names}
-        gemm = []
-        for _ in range(config.repeats + 1):
-            for name, child in contenders.items():
-                passes[name].append(child.call("run"))
+        gemm: list[float] = []
+
+        def after_each() -> None:
             gemm.append(contenders["lctrain"].call("gemm_flops"))
             advance(1)
-        result: dict[str, Any] = {"seq": seq, "gemm_flops_per_s": max(gemm), "contenders": {}}
+
+        found = take_turns(contenders, config.repeats, after_each)
+        result: dict[str, Any] = {"seq": seq, "gemm_flops_per_s": max(gemm), "contenders": found}
         if len(names) > 1 and seq in (min(config.seq), config.recurrence):
-            result["errors"] = _errors(*(child.call("results") for child in contenders.values()))
-    for name, (_, *timed) in passes.items():
-        forward, backward = (median(t) for t in zip(*[(p.forward_s, p.backward_s) for p in timed], strict=True))
-        result["contenders"][name] = {
-            "forward_s": forward,
-            "backward_s": backward,
-            "cpu_s": median(p.cpu_s for p in timed),
-            "best_cpu_s": min(p.cpu_s for p in timed),
-            "memory_mib": max(p.memory_mib for p in timed),
-        }
+            result["errors"] = differences(*(child.call("results") for child in contenders.values()))
     if config.part == "scan":
         flops = 3 * config.batch * scan_flops(seq, config.heads, config.head_dim, config.groups, config.state, config.chunk)
-        ours = result["contenders"]["lctrain"]
-        result["gemm_share"] = flops / (ours["forward_s"] + ours["backward_s"]) / max(gemm)
+        result["gemm_share"] = flops / both_s(found["lctrain"]) / max(gemm)
     return result
-
-
-def _errors(one: dict[str, Any], two: dict[str, Any]) -> dict[str, float]:
-    """Largest difference over largest entry, by tensor."""
-    return {name: float(abs(one[name] - two[name]).max() / max(abs(two[name]).max(), 1e-30)) for name in one}
 
 
 def _print(results: list[dict[str, Any]], shortest: int) -> None:
     rows = []
     first = {name: result for result in results if result["seq"] == shortest for name in result["contenders"]}
     for result in results:
-        ours = result["contenders"]["lctrain"]
         for name, found in result["contenders"].items():
-            both = found["forward_s"] + found["backward_s"]
             start = first.get(name, result)["contenders"][name]
-            rows.append(
-                (
-                    f"{result['seq']:,}",
-                    name,
-                    f"{found['forward_s']:.3f}",
-                    f"{found['backward_s']:.3f}",
-                    f"{found['cpu_s']:.3f}",
-                    f"{found['memory_mib']:,.0f}",
-                    f"{both / (ours['forward_s'] + ours['backward_s']):.2f}",
-                    f"{found['best_cpu_s'] / ours['best_cpu_s']:.2f}",
-                    f"{both / (start['forward_s'] + start['backward_s']):.2f}",
-                )
-            )
-    columns = (
-        "seq",
-        "contender",
-        "forward s",
-        "backward s",
-        "CPU s",
-        "MiB",
-        "/ ours",
-        "/ ours, best CPU",
-        f"/ own at {shortest:,}",
-    )
+            ours = result["contenders"]["lctrain"]
+            rows.append((f"{result['seq']:,}", *cells(name, found, ours), f"{both_s(found) / both_s(start):.2f}"))
+    columns = ("seq", *COLUMNS, f"/ own at {shortest:,}")
     table(columns, rows, "forward and backward; memory above the inputs", "rlrrrrrrr")
     for result in results:
         if "errors" in result:

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from lctrain.bench.documents import document_borders
-from lctrain.bench.memory import forget_peak, peak_resident_mib, resident_mib
+from lctrain.bench.passes import Pass, timed_pass
 from lctrain.config.bench_ssd import SsdBenchConfig
 from lctrain.config.mamba import MambaConfig
 from lctrain.config.model import ModelConfig
@@ -24,15 +23,6 @@ from lctrain.verify.blocks.compare import randomise
 from lctrain.verify.blocks.mamba import transformers_mixer
 
 Leaves = dict[str, Tensor]
-
-
-class Pass(NamedTuple):
-    """Wall seconds of both directions, CPU seconds of both together (all threads), and MiB above what was resident before."""
-
-    forward_s: float
-    backward_s: float
-    cpu_s: float
-    memory_mib: float
 
 
 class Contender:
@@ -51,15 +41,7 @@ class Contender:
 
     def run(self) -> Pass:
         """One forward and backward pass."""
-        for leaf in self.leaves.values():
-            leaf.grad = None
-        forget_peak()
-        before, cpu, start = resident_mib(), time.process_time(), time.perf_counter()
-        y = self.forward(self.leaves)
-        middle = time.perf_counter()
-        y.backward(self.dy)
-        end = time.perf_counter()
-        return Pass(middle - start, end - middle, time.process_time() - cpu, peak_resident_mib() - before)
+        return timed_pass(lambda: self.forward(self.leaves), self.dy, self.leaves.values())
 
     def results(self) -> dict[str, Any]:
         """y and all gradients of a pass, as numpy arrays."""

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from lctrain.bench import ssd
+from lctrain.bench import passes, ssd
 from lctrain.bench.ssd_contenders import Contender
 from lctrain.commands.bench import main
 from lctrain.config.bench_ssd import SsdBenchConfig
@@ -29,12 +29,12 @@ def test_contenders_compute_the_same_function(settings, names):
     config = SsdBenchConfig(**{**SMALL, **settings})
     results = [Contender(config, 70, name).results() for name in names]
     for other in results[1:]:
-        assert max(ssd._errors(results[0], other).values()) < ssd.SAME[config.dtype] / 3
+        assert max(passes.differences(results[0], other).values()) < passes.SAME[config.dtype] / 3
 
 
 def test_report_of_contenders_that_differ(tmp_path, capsys, monkeypatch):
     """All that is printed and stored, and status 1, with a bar that nothing can meet."""
-    monkeypatch.setitem(ssd.SAME, "fp32", 0.0)
+    monkeypatch.setitem(passes.SAME, "fp32", 0.0)
     output = tmp_path / "ssd.json"
     arguments = ["seq=64", "heads=2", "head_dim=8", "state=8", "recurrence=0", "repeats=1", "threads=1"]
     assert main(["ssd", *arguments, f"output={output}"]) == 1
