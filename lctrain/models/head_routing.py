@@ -6,14 +6,16 @@ code. To skip a head for some queries, kernels and sequence-parallel schedules w
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lctrain.config.moe import BalanceConfig, RoutedHeadsConfig, RouterConfig
-from lctrain.models.moe.router import Routing, choose
+from lctrain.models.moe.router import Routing, Settle, choose
 from lctrain.models.moe.stats import Balancer
-from lctrain.models.moe.tokens import local_tokens
+from lctrain.models.moe.tokens import Tokens, local_tokens
 from lctrain.models.parallel import ModelParallel
 from lctrain.models.place import Family, Place
 from lctrain.models.tensor_parallel import shared
@@ -24,7 +26,7 @@ class HeadRouter(nn.Module):
     """A weight for every query head and token, in two stages, as the authors' code has it.
 
     The h_s shared heads get h_s * softmax(W_s x); of the others the top_k best get top_k * softmax(W_r x), renormalised over
-    them, and the rest 0; then 2 * softmax(W_h x) weighs the two kinds. Scores are fp32.
+    them, and the rest 0; then 2 * softmax(W_h x) weighs the two kinds. Scores are fp32. settle: see Router.
     """
 
     def __init__(self, d_model: int, n_heads: int, config: RoutedHeadsConfig, parallel: ModelParallel) -> None:
@@ -34,6 +36,7 @@ class HeadRouter(nn.Module):
         self.routed = nn.Parameter(torch.empty(routed, d_model))
         self.shared = nn.Parameter(torch.empty(config.shared, d_model)) if config.shared > 1 else None
         self.kinds = nn.Parameter(torch.empty(2, d_model)) if config.shared else None
+        self.settle: Settle | None = None
         self.balancer = Balancer("moh", routed, BalanceConfig(switch=config.balance), parallel)
 
     def places(self) -> dict[str, Place]:
@@ -45,7 +48,7 @@ class HeadRouter(nn.Module):
         tokens = local_tokens(seq, x.shape[1], self.parallel.tp.rank, x.device)
         flat = x.flatten(0, 1)
         own = flat if tokens.real is None else flat.index_select(0, tokens.real)
-        routing, weights = self._routed(own)
+        routing, weights = self._routed(own, tokens)
         if self.training and torch.is_grad_enabled():
             weights = self.balancer(weights, routing, tokens, seq)
         weights = self._with_shared(own, weights)
@@ -58,10 +61,11 @@ class HeadRouter(nn.Module):
         flat = x.flatten(0, 1)
         return self._with_shared(flat, self._routed(flat)[1]).unflatten(0, x.shape[:2])
 
-    def _routed(self, x: Tensor) -> tuple[Routing, Tensor]:
+    def _routed(self, x: Tensor, tokens: Tokens | None = None) -> tuple[Routing, Tensor]:
         """The choice among the routed heads, and their weights [n, routed]."""
         top_k = self.config.top_k
-        routing = choose(self._scores(x, self.routed), top_k, RouterConfig(scale=top_k))
+        settle = None if tokens is None or self.settle is None else partial(self.settle, tokens)
+        routing = choose(self._scores(x, self.routed), top_k, RouterConfig(scale=top_k), settle=settle)
         return routing, torch.zeros_like(routing.shares).scatter(1, routing.experts, routing.weights)
 
     def _with_shared(self, x: Tensor, weights: Tensor) -> Tensor:

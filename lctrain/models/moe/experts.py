@@ -1,4 +1,4 @@
-"""Experts: feed-forward networks side by side, each on its own rows, as grouped matrix products."""
+"""Experts: feed-forward networks side by side, each on its own rows: in blocks on CPU, as grouped matrix products elsewhere."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from torch import Tensor, nn
 
 from lctrain.config.moe import MoeConfig
 from lctrain.kernels.grouped_linear.fused import grouped_linear, grouped_swiglu_linear
+from lctrain.kernels.permute.fused import Permutation, combine, spread
+from lctrain.kernels.routed_mlp import blocked
 from lctrain.models.parallel import ModelParallel
 from lctrain.models.place import Family, Place
 
@@ -38,8 +40,20 @@ class Experts(nn.Module):
 
         With etp, what this slice of the hidden units contributes to that.
         """
+        if blocked.suits(rows):
+            return blocked.routed_mlp(rows, ends, self.gate, self.up, self.down, self.activation)
         up = grouped_linear(rows, self.up, ends)
         if self.gate is not None:
             return grouped_swiglu_linear(grouped_linear(rows, self.gate, ends), up, self.down, ends)
         hidden = F.gelu(up, approximate="tanh") if self.activation == "gelu" else F.relu(up).square()
         return grouped_linear(hidden, self.down, ends)
+
+    def mix(self, x: Tensor, order: Permutation, ends: Tensor, weights: Tensor) -> Tensor:
+        """Tokens x [n, d_model] -> the weighted sums of their experts' outputs, where this rank holds all experts.
+
+        weights: [n, k], of the choices that `order` sorted.
+        """
+        if blocked.suits(x):
+            row_weights = weights.flatten().index_select(0, order.slots)
+            return blocked.routed_mlp(x, ends, self.gate, self.up, self.down, self.activation, order.tokens, row_weights)
+        return combine(self(spread(x, order), ends), order, weights)

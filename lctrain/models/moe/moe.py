@@ -60,7 +60,7 @@ class MixtureOfExperts(nn.Module):
         flat = x.flatten(0, 1)
         own = flat if tokens.real is None else flat.index_select(0, tokens.real)
         training = self.training and torch.is_grad_enabled()
-        routing = self.router(own, tokens.tasks, self.balancer.bias, tokens if training else None)
+        routing = self.router(own, tokens.tasks, self.balancer.bias, tokens, training)
         kept = None
         if (factor := self.settings.capacity_factor) is not None:
             kept = within_capacity(routing.experts, tokens, seq, self.parallel.tp, factor, self.settings.n_experts)
@@ -80,7 +80,7 @@ class MixtureOfExperts(nn.Module):
         """The newest tokens x [B, S, d_model]; no choice is dropped, as the documents' lengths are not known yet."""
         flat = x.flatten(0, 1)
         tasks = torch.full((len(flat),), state.task, device=x.device)
-        y = self._mix(flat, self.router(flat, tasks, self.balancer.bias, None), None).view_as(x)
+        y = self._mix(flat, self.router(flat, tasks, self.balancer.bias), None).view_as(x)
         return y if self.shared is None else y + self._gated(x, self.shared.decode(x, None))
 
     def flops(self, documents: tuple[Borders, ...]) -> int:
@@ -95,6 +95,8 @@ class MixtureOfExperts(nn.Module):
         """[n, d_model] -> same shape."""
         order = permutation(routing.experts, self.settings.n_experts, kept)
         dispatch = Dispatch.plan(order.counts, self.parallel.ep, self.parallel.etp)
+        if dispatch.order is None:
+            return self.experts.mix(x, order, dispatch.ends, routing.weights)
         rows = dispatch.from_experts(self.experts(dispatch.to_experts(spread(x, order)), dispatch.ends))
         return combine(rows, order, routing.weights)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -33,29 +35,41 @@ class Routing(NamedTuple):
     logits: Tensor
 
 
+Settle = Callable[[Tokens, Tensor], Tensor]
+"""Tokens, scores [n, E] -> scores to choose by; see lctrain.models.moe.rankings."""
+
+
 class Router(nn.Module):
-    """A linear gate and the choice of the top_k best experts; a gate for each task if there are several (M3ViT, 2022)."""
+    """A linear gate and the choice of the top_k best experts; a gate for each task if there are several (M3ViT, 2022).
+
+    settle: what decides between experts whose scores are equal but for rounding, in proofs; None: rounding.
+    """
 
     def __init__(self, d_model: int, n_experts: int, top_k: int, config: RouterConfig, parallel: ModelParallel) -> None:
         super().__init__()
         self.config, self.top_k, self.parallel = config, top_k, parallel
         shape = (n_experts, d_model) if config.tasks == 1 else (config.tasks, n_experts, d_model)
         self.weight = nn.Parameter(torch.empty(shape))
+        self.settle: Settle | None = None
 
     def places(self) -> dict[str, Place]:
         """See Place."""
         return {"weight": Place(Family.ROUTER)}
 
-    def forward(self, x: Tensor, tasks: Tensor, bias: Tensor | None, noise: Tokens | None) -> Routing:
+    def forward(
+        self, x: Tensor, tasks: Tensor, bias: Tensor | None, tokens: Tokens | None = None, training: bool = False
+    ) -> Routing:
         """Choices for x [n, d_model].
 
         Args:
-            tasks: int64 [n]. bias: [E], added to scores for the choice, not for the weights. noise: the tokens, in training.
+            tasks: int64 [n]. bias: [E], added to scores for the choice, not for the weights. tokens: which they are; None in
+            decoding. training: with jitter, if there is any.
         """
         x = x.to(torch.promote_types(x.dtype, torch.float32))
-        if noise is not None and self.config.jitter:
-            x = x * jitter_factors(noise, x.shape[1], self.config.jitter).to(x.dtype)
-        return choose(self._logits(x, tasks), self.top_k, self.config, bias)
+        if training and tokens is not None and self.config.jitter:
+            x = x * jitter_factors(tokens, x.shape[1], self.config.jitter).to(x.dtype)
+        settle = None if tokens is None or self.settle is None else partial(self.settle, tokens)
+        return choose(self._logits(x, tasks), self.top_k, self.config, bias, settle)
 
     def _logits(self, x: Tensor, tasks: Tensor) -> Tensor:
         weight = shared(self.parallel, self.weight).to(x.dtype)
@@ -66,8 +80,17 @@ class Router(nn.Module):
         return torch.where(own[..., None], every, 0).sum(1)
 
 
-def choose(logits: Tensor, top_k: int, config: RouterConfig, bias: Tensor | None = None) -> Routing:
-    """Scores, choice and weights from logits [n, E]; see RouterConfig. bias: [E], for the choice alone (DeepSeek-V3)."""
+def choose(
+    logits: Tensor,
+    top_k: int,
+    config: RouterConfig,
+    bias: Tensor | None = None,
+    settle: Callable[[Tensor], Tensor] | None = None,
+) -> Routing:
+    """Scores, choice and weights from logits [n, E]; see RouterConfig.
+
+    bias: [E], for the choice alone (DeepSeek-V3). settle: scores [n, E] -> those to choose by.
+    """
     if config.score == "softmax":
         scores = shares = logits.softmax(dim=-1)
     else:
@@ -75,6 +98,7 @@ def choose(logits: Tensor, top_k: int, config: RouterConfig, bias: Tensor | None
         shares = scores / (scores.sum(-1, keepdim=True) + TINY)
     with torch.no_grad():
         rank = scores if bias is None else scores + bias
+        rank = rank if settle is None else settle(rank)
         if config.groups > 1:
             rank = rank.masked_fill(~_reachable(rank, top_k, config), float("-inf"))
         experts = rank.topk(top_k, dim=-1).indices

@@ -99,9 +99,10 @@ class Prover:
         problem = None
         try:
             reference = self.reference(config)
-            found = self._run(config.processes, prove, config, changed)[0]
+            pinned = reference.found.rankings
+            found = self._run(config.processes, prove, config, changed, self._new_folder(), pinned)[0]
             one = reference_of(config)
-            loaded = self._run(1, load_checkpoint, one, found.checkpoint)[0]
+            loaded = self._run(1, load_checkpoint, one, found.checkpoint, pinned)[0]
             places = parameter_places(build_model(one))
             checks = judge(found, reference.found, loaded, reference.loaded, places, changed, samples)
             checks.append(reference.leak)
@@ -116,18 +117,18 @@ class Prover:
         changed = _document_to_change(samples, one.trainer.global_batch)
         key = json.dumps(one.model_dump(exclude={"run_dir", "cluster"}), sort_keys=True, default=str)
         if key not in self._references:
-            found = self._run(1, prove, one, changed)[0]
-            loaded = self._run(1, load_checkpoint, one, found.checkpoint)[0]
+            found = self._run(1, prove, one, changed, self._new_folder(), None)[0]
+            loaded = self._run(1, load_checkpoint, one, found.checkpoint, found.rankings)[0]
             probe = leak(found, changed, samples, 0.0)._replace(name="leak probe, one process")
             self._references[key] = _Reference(found, loaded, probe)
         return self._references[key]
 
-    def _run(self, processes: int, function: Any, config: TrainConfig, last: Any) -> list[Any]:
+    def _new_folder(self) -> str:
+        return tempfile.mkdtemp(dir=self._folder)
+
+    def _run(self, processes: int, function: Any, config: TrainConfig, *arguments: Any) -> list[Any]:
         with _pool(processes, config.engine.name) as pool:
-            arguments = [config, last]
-            if function is prove:
-                arguments.append(tempfile.mkdtemp(dir=self._folder))
-            return pool.run(function, *arguments, timeout_s=self.options.timeout_s)
+            return pool.run(function, config, *arguments, timeout_s=self.options.timeout_s)
 
 
 @contextmanager

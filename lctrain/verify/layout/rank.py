@@ -17,11 +17,14 @@ from lctrain.data.batch import MicroBatch, StepBatch
 from lctrain.data.loader import make_loader
 from lctrain.engines.base import Engine, StepResult, train_step
 from lctrain.engines.make import make_engine
+from lctrain.models.moe.rankings import Rankings, Recorded
 from lctrain.parallel.mesh import ProcessMesh
 from lctrain.resume import training_state
 from lctrain.verify.layout.samples import MadeSamples
 
 CPU = torch.device("cpu")
+TRAINING = "training"
+"""Part of the rankings: every step has samples of its own."""
 
 
 @dataclasses.dataclass
@@ -30,7 +33,8 @@ class Findings:
 
     steps: results of all steps. gradients: whole, of the first. losses: sample -> its token losses [seq_len] before the first
     step; changed: the same with one document's tokens changed. repeated: the last step's result once more, after the state
-    saved before it was loaded again. checkpoint: folder with the state after the last step.
+    saved before it was loaded again. checkpoint: folder with the state after the last step. rankings: of experts, by one
+    process; nothing where they were pinned.
     """
 
     steps: list[StepResult]
@@ -39,16 +43,26 @@ class Findings:
     changed: dict[int, Tensor]
     repeated: StepResult
     checkpoint: Path
+    rankings: Recorded = dataclasses.field(default_factory=dict)
 
 
-def prove(rank: int, world_size: int, config: TrainConfig, changed: tuple[int, int], folder: str) -> Findings | None:
-    """Train as `config` says on made samples; Findings on rank 0. Collective over the default group of `world_size`."""
+def prove(
+    rank: int, world_size: int, config: TrainConfig, changed: tuple[int, int], folder: str, recorded: Recorded | None
+) -> Findings | None:
+    """Train as `config` says on made samples; Findings on rank 0. Collective over the default group of `world_size`.
+
+    recorded: how one process ranked experts, for a layout.
+    """
     mesh = config.mesh(rank, world_size)
-    engine = make_engine(config, mesh, mesh.make_groups(), CPU)
+    engine, rankings = _engine(config, mesh, recorded)
     usual, other = (
         MadeSamples(config.trainer.seed, config.trainer.seq_len, config.model.vocab_size, which) for which in (None, changed)
     )
-    losses, with_change = (_token_losses(engine, mesh, _batches(config, mesh, samples, 0, 1)) for samples in (usual, other))
+    rankings.part = "losses"
+    losses = _token_losses(engine, mesh, _batches(config, mesh, usual, 0, 1))
+    rankings.part = "losses, a document changed"
+    with_change = _token_losses(engine, mesh, _batches(config, mesh, other, 0, 1))
+    rankings.part = TRAINING
     store = CheckpointStore(Path(folder) / "checkpoints", keep_last=config.trainer.steps + 1)
     gradients: dict[str, Tensor] = {}
     results = []
@@ -65,7 +79,7 @@ def prove(rank: int, world_size: int, config: TrainConfig, changed: tuple[int, i
             results.append(train_step(engine, batch, targets, config.optim.lr))
     after = store.save(last + 1, training_state(engine, rank), {})
     repeated = resume_and_step(engine, store, before_last, config, mesh, usual)
-    return Findings(results, gradients, losses, with_change, repeated, after) if rank == 0 else None
+    return Findings(results, gradients, losses, with_change, repeated, after, rankings.recorded()) if rank == 0 else None
 
 
 def resume_and_step(
@@ -79,10 +93,13 @@ def resume_and_step(
     return train_step(engine, batch, _all_targets(batch, mesh), config.optim.lr)
 
 
-def load_checkpoint(rank: int, world_size: int, config: TrainConfig, checkpoint: Path) -> tuple[dict[str, Any], StepResult]:
+def load_checkpoint(
+    rank: int, world_size: int, config: TrainConfig, checkpoint: Path, recorded: Recorded
+) -> tuple[dict[str, Any], StepResult]:
     """One process: the weights and moments of a checkpoint, whole, and the last step made from the one before it."""
     mesh = config.mesh(rank, world_size)
-    engine = make_engine(config, mesh, mesh.make_groups(), CPU)
+    engine, rankings = _engine(config, mesh, recorded)
+    rankings.part = TRAINING
     store = CheckpointStore(checkpoint.parent, keep_last=config.trainer.steps + 1)
     state = training_state(engine, rank)
     store.load(checkpoint, state)
@@ -92,6 +109,14 @@ def load_checkpoint(rank: int, world_size: int, config: TrainConfig, checkpoint:
     before = checkpoint.parent / checkpoint.name.replace(f"{config.trainer.steps:08d}", f"{config.trainer.steps - 1:08d}")
     samples = MadeSamples(config.trainer.seed, config.trainer.seq_len, config.model.vocab_size)
     return whole, resume_and_step(engine, store, before, config, mesh, samples)
+
+
+def _engine(config: TrainConfig, mesh: ProcessMesh, recorded: Recorded | None) -> tuple[Engine, Rankings]:
+    """An engine whose routers record their rankings, or keep to those recorded."""
+    engine, rankings = make_engine(config, mesh, mesh.make_groups(), CPU), Rankings(recorded)
+    for model in engine.models():
+        rankings.attach(model)
+    return engine, rankings
 
 
 def _batches(config: TrainConfig, mesh: ProcessMesh, samples: MadeSamples, start: int, end: int) -> Iterator[StepBatch]:
