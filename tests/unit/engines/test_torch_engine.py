@@ -118,7 +118,7 @@ def test_state_carries_on_bitwise(ranks: int, data_parallel: str) -> None:
 
 
 def steps_after_state(rank: int, world_size: int, data_parallel: str) -> tuple[list[float], list[float]]:
-    """Losses of three steps, of an engine whose state was asked for before the first, and loaded again, and of one that was not."""
+    """Losses of three steps of two engines: one whose state was asked for before the first, and loaded again, and another."""
     losses = []
     for asked in (True, False):
         engine = make_engine(rank, world_size, 1, data_parallel=data_parallel)
