@@ -59,7 +59,7 @@ class DataConfig(Strict):
     shuffle_window: Positive = 1024
     """Samples are shuffled within windows of this many, so that parts of one long document do not follow each other."""
     prefetch: Positive = 2
-    """Global batches prepared ahead of the step."""
+    """Global batches prepared ahead of the step, with the schedules of attention over their documents."""
     workers: Positive = 1
     """Threads per process that prepare batches; results do not depend on it."""
 
