@@ -2,7 +2,7 @@
 
 python tools/overlay.py RUN RUN [RUN ...] [-o PICTURE.png]
 
-The first run is the one that the others are compared with, step by step.
+Every run is compared, step by step, with the first run of the same model.
 """
 
 from __future__ import annotations
@@ -10,6 +10,8 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
+
+import yaml
 
 from lctrain.console import table
 from lctrain.errors import UserError
@@ -25,8 +27,14 @@ def losses(run: Path) -> dict[int, float]:
     return {record["step"]: record["loss"] for record in read_metrics(metrics) if "loss" in record}
 
 
-def draw(curves: dict[str, dict[int, float]], picture: Path) -> None:
-    """All curves in one plot, later ones thinner and dashed, so that the ones below stay visible."""
+def first_of_its_model(runs: list[Path]) -> dict[str, str]:
+    """Name of every run -> name of the first that has the same model."""
+    firsts: dict[str, str] = {}
+    return {run.name: firsts.setdefault(str(yaml.safe_load(RunDir(run).config.read_text())["model"]), run.name) for run in runs}
+
+
+def draw(curves: dict[str, dict[int, float]], firsts: dict[str, str], picture: Path) -> None:
+    """All curves in one plot, the first of a model broad and pale, later ones thin and dashed over it."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 4), dpi=110, layout="constrained")
@@ -34,7 +42,7 @@ def draw(curves: dict[str, dict[int, float]], picture: Path) -> None:
     for number, (name, curve) in enumerate(curves.items()):
         style = (
             {"linewidth": 5, "alpha": 0.35}
-            if not number
+            if firsts[name] == name
             else {"linewidth": 1.6, "linestyle": (number * 2, (4, 2 * len(curves)))}
         )
         axes.plot(list(curve), list(curve.values()), label=name, **style)
@@ -42,7 +50,7 @@ def draw(curves: dict[str, dict[int, float]], picture: Path) -> None:
     axes.set_ylabel("loss (nats per token)")
     axes.grid(color="#e4e4e4", linewidth=0.7)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, fontsize=9)
+    axes.legend(frameon=False, fontsize=9, handlelength=4)
     figure.savefig(picture)
 
 
@@ -54,17 +62,20 @@ def main() -> int:
     arguments = parser.parse_args()
     try:
         curves = {run.name: losses(run) for run in arguments.runs}
+        firsts = first_of_its_model(arguments.runs)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    first = next(iter(curves.values()))
     rows = []
     for name, curve in curves.items():
+        first = curves[firsts[name]]
         common = sorted(first.keys() & curve.keys())
         apart = max((abs(first[step] - curve[step]) for step in common), default=float("nan"))
-        rows.append((name, len(curve), f"{list(curve.values())[-1]:.4f}", f"{apart:.1e}"))
-    table(("run", "steps", "last loss", "largest difference"), rows, align="lrrr")
-    draw(curves, arguments.output)
+        rows.append(
+            (name, len(curve), f"{list(curve.values())[-1]:.4f}", "" if first is curve else f"{apart:.1e}", firsts[name])
+        )
+    table(("run", "steps", "last loss", "largest difference", "from"), rows, align="lrrrl")
+    draw(curves, firsts, arguments.output)
     print(f"picture: {arguments.output}")
     return 0
 
