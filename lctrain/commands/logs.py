@@ -34,8 +34,11 @@ def main(args: list[str]) -> int:
 
 
 def _choose(config: LogsConfig) -> Path:
-    from lctrain.launch.run_state import run_state
+    from lctrain.launch.run_state import run_state, runs_below
 
+    below = runs_below(config.run)
+    if below != [config.run]:
+        raise UserError(f"{config.run} has a sweep of {len(below)} runs: name one of them, such as {below[0]}")
     state = run_state(config.run)
     if config.rank is not None:
         path = state.run.rank_log(config.rank)

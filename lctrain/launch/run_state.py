@@ -14,7 +14,7 @@ from lctrain.config.render import from_yaml
 from lctrain.config.schema import TrainConfig
 from lctrain.errors import UserError
 from lctrain.launch.slurm import Submission, submissions
-from lctrain.launch.slurm_queue import JobState, job_state
+from lctrain.launch.slurm_queue import UNREACHABLE, JobState, job_state
 from lctrain.run_dir import RunDir, lock_holder
 from lctrain.tracking.jsonl import read_events, read_metrics
 
@@ -111,6 +111,8 @@ def _state_text(state: RunState) -> str:
         text += f" ({job.reason}{f', expected at {job.start}' if job.start else ''})"
     elif job.state == "UNKNOWN":
         text += ": the queue has forgotten it, so it has ended"
+    elif job.state == UNREACHABLE:
+        text = f"job {job.job}: SLURM does not answer ({job.reason})"
     if job.restarts:
         text += f", requeued {job.restarts} time{'s' if job.restarts > 1 else ''}"
     return text + (f"; then {', '.join(later)}" if later else "")
@@ -134,7 +136,10 @@ def _progress_text(state: RunState) -> str:
 
 def _config(run: RunDir, submission: Submission | None) -> TrainConfig | None:
     """What the run runs, or will run once its latest job starts; None if its settings belong to another version of lctrain."""
-    kept = Path(submission.folder) / "config.yaml" if submission else run.config
+    kept = run.config
+    if submission is not None:
+        _, array, task = submission.jobs[0].partition("_")
+        kept = Path(submission.folder) / (f"config-{task}.yaml" if array else "config.yaml")
     there = [path for path in (run.config, kept) if path.exists()]
     if not there:
         return None

@@ -11,12 +11,13 @@ from lctrain.errors import UserError
 
 PATIENCE_S = 60
 STOPPED = ("CANCELLED", "DEADLINE", "PREEMPTED", "REVOKED", "TIMEOUT")
+UNREACHABLE = "UNREACHABLE"
 BROKEN = ("BOOT_FAIL", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY")
 
 
 @dataclass(frozen=True)
 class JobState:
-    """A job as the controller knows it; `state` is UNKNOWN for one that it has forgotten."""
+    """A job as the controller knows it; `state` is UNKNOWN for one that it has forgotten, UNREACHABLE if it does not answer."""
 
     job: str
     state: str
@@ -64,6 +65,8 @@ def job_state(job: str) -> JobState:
     """State of a job or of a task of an array (`12_3`)."""
     require("scontrol")
     done = _run("scontrol", "-o", "show", "job", job)
+    if done.returncode and re.search(r"contact|connect|timed out", done.stderr, re.I):
+        return JobState(job, UNREACHABLE, _complaint(done.stderr))
     if done.returncode or not done.stdout.strip():
         return JobState(job, _accounted_state(job))
     return parse_job(job, done.stdout.splitlines()[0])
@@ -129,8 +132,8 @@ def _run(*command: str) -> subprocess.CompletedProcess[str]:
 
 
 def _complaint(text: str) -> str:
-    """What is behind sbatch's `sbatch: error: Batch job submission failed: `."""
-    return re.sub(r"^(sbatch: |error: |Batch job submission failed: )*", "", _first_line(text))
+    """What is behind `sbatch: error: Batch job submission failed: ` and `slurm_load_jobs error: `."""
+    return re.sub(r"^((sbatch|scontrol): |(slurm_\w+ )?error: |Batch job submission failed: )*", "", _first_line(text))
 
 
 def _first_line(text: str) -> str:

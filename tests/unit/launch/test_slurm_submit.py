@@ -233,3 +233,10 @@ class TestJobState:
 
     def test_a_forgotten_job_has_ended(self, cluster):
         assert job_state("5").ended
+
+    def test_no_answer_says_nothing_about_a_job(self, cluster):
+        words = "slurm_load_jobs error: Unable to contact slurm controller (connect failure)"
+        (cluster / "bin" / "scontrol").write_text(f"#!/bin/sh\necho '{words}' >&2\nexit 1\n")
+        state = job_state("5")
+        assert (state.state, state.reason) == ("UNREACHABLE", "Unable to contact slurm controller (connect failure)")
+        assert not state.ended
