@@ -136,6 +136,17 @@ class EngineConfig(Strict):
     activation_checkpointing: Literal["none", "layer"] = "none"
     """layer: keep only each sublayer's input and recompute the rest in backward."""
 
+    @model_validator(mode="after")
+    def _check(self) -> EngineConfig:
+        if self.name == "megatron" and self.data_parallel == "fsdp":
+            raise ValueError(
+                "data_parallel=fsdp is for name=torch; with name=megatron, distributed_optimizer=true divides optimizer state,"
+                " and parallel.tp and parallel.pp divide weights"
+            )
+        if self.name != "megatron" and not self.distributed_optimizer:
+            raise ValueError(f"distributed_optimizer=false is for name=megatron, but name={self.name}; drop one of them")
+        return self
+
 
 class StageConfig(Strict):
     """One stage of sequence-length warm-up."""
@@ -197,8 +208,8 @@ class CheckpointConfig(Strict):
     keep_every: Positive | None = None
     """Checkpoints at multiples of this many steps are kept for good."""
     asynchronous: bool = False
-    """Write checkpoints in the background: steps wait only for a copy to host memory, which needs room for the state once
-    more."""
+    """Write checkpoints beside the steps: the next update waits only for a copy to host memory, which needs room for the state
+    once more."""
 
 
 class TrainConfig(Strict):
@@ -238,14 +249,14 @@ class TrainConfig(Strict):
     @model_validator(mode="after")
     def _check(self) -> TrainConfig:
         self._settle_grid()
+        if "E" in self.model.pattern:  # before the processes, whose number may follow from ep
+            self.model.moe.check_run(self.parallel.ep, self.parallel.etp, len(self.data.corpora))
+        elif self.parallel.ep > 1:
+            raise ValueError(f"parallel.ep={self.parallel.ep} has no experts to divide: model.pattern has no E")
         self._check_processes()
         check_layout(set(self.model.pattern), self.parallel.layout, self.cp)
         if "L" in self.model.pattern:
             self.model.linear_attention.check_run(self.parallel.tp)
-        if "E" in self.model.pattern:
-            self.model.moe.check_run(self.parallel.ep, self.parallel.etp, len(self.data.corpora))
-        elif self.parallel.ep > 1:
-            raise ValueError(f"parallel.ep={self.parallel.ep} has no experts to divide: model.pattern has no E")
         staged = sum(stage.steps for stage in self.trainer.stages)
         if staged >= self.trainer.steps and self.trainer.stages:
             raise ValueError(
