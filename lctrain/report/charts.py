@@ -188,8 +188,12 @@ def _memory(records: Records, events: list[dict[str, Any]], marks: Marks) -> lis
     saves = [event for event in events if event.get("kind") == "checkpoint" and event.get("seconds") is not None]
     if saves:
         steps, seconds = [event.get("step", 0) for event in saves], [float(event["seconds"]) for event in saves]
-        lines = [Line("save", steps, seconds, points=True)]
-        charts.append(LineChart("Checkpoint time", "What each save held the loop up", "s", lines, marks, zero=True))
+        lines, note = [Line("save", steps, seconds, points=True)], "What each save held the loop up"
+        if any("stall_s" in event for event in saves):  # of others, the loop waits for all of the save
+            waits = [float(event.get("stall_s", event["seconds"])) for event in saves]
+            lines = [Line("until it is on disk", steps, seconds, points=True), Line("steps wait", steps, waits, points=True)]
+            note = "Saves in the background: how long each took, and what of it the loop waited for"
+        charts.append(LineChart("Checkpoint time", note, "s", lines, marks, zero=True))
     return charts
 
 

@@ -6,6 +6,7 @@ import contextlib
 import importlib.util
 import queue
 import secrets
+import shutil
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -25,6 +26,8 @@ CLOSE_S = 30
 """What wandb gets to send the rest at the end of the run; longer than START_S, or a short run might leave nothing."""
 FILES = ("config.yaml", "environment.json", "verify_layout.json", "events.jsonl", "report.html")
 """Files of the run directory that go along when it ends, if they are there."""
+COPIES = "run"
+"""Folder among the files of the wandb run where they lie."""
 PICTURES = ("loss.png", "experts.png")
 """Likewise, shown among the curves."""
 
@@ -139,10 +142,16 @@ class WandbLog:
         return run
 
     def _add_files(self, run: Any) -> None:
-        """Configuration, verdicts, events and pictures, as far as there are any."""
+        """Configuration, verdicts, events and pictures, as far as there are any.
+
+        Copies: wandb would make links, which break where its folder is carried to another machine, and through which it could
+        write its own config.yaml over ours.
+        """
         for name in FILES:
             if (path := self._folder.path / name).exists():
-                run.save(str(path), base_path=str(self._folder.path), policy="now")
+                place = Path(run.dir) / COPIES
+                place.mkdir(exist_ok=True)
+                run.save(str(shutil.copy2(path, place)), base_path=run.dir, policy="now")
         shown = {path.stem: path for name in PICTURES if (path := self._folder.path / name).exists()}
         if shown:
             import wandb
@@ -155,7 +164,8 @@ class WandbLog:
 
         try:
             artifact = wandb.Artifact(f"checkpoint-{run.id}", "model", metadata={"step": step})
-            artifact.add_dir(str(path))
+            for file in sorted(path.iterdir()):  # add_dir talks on the terminal
+                artifact.add_file(str(file))
             run.log_artifact(artifact, aliases=[f"step-{step}"])
         except (OSError, ValueError) as error:
             self._say(f"the checkpoint of step {step} does not go to wandb: {_first_line(error)}")

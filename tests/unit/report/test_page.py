@@ -60,6 +60,15 @@ def test_every_group_of_charts_is_there_and_restarts_are_marked(make_run):
     assert "finished, 40 steps" in text
 
 
+def test_saves_in_the_background_show_what_steps_waited(make_run):
+    run = make_run(10)
+    assert "What each save held the loop up" in render(run)
+    append_event(run.events, "checkpoint", step=20, seconds=5.0, stall_s=0.25)
+    text = render(run)
+    assert "what of it the loop waited for" in text
+    assert "&quot;0.25&quot;" in text
+
+
 def test_recall_is_shown_by_length_and_depth(make_run):
     text = render(make_run(40))
     assert "<title>context 256, place of the passage in its context, % 100: 90 %</title>" in text

@@ -136,7 +136,7 @@ def test_failure_is_said_once_and_training_goes_on(monkeypatch, run, make_config
 
 
 @pytest.mark.parametrize("wanted", ["none", "last", "all"])
-def test_files_pictures_and_checkpoints_go_along(run, make_config, wanted):
+def test_files_pictures_and_checkpoints_go_along(run, make_config, capfd, wanted):
     config = make_config("offline", artifacts=wanted)
     run.config.write_text("a: 1\n")
     (run.path / "verify_layout.json").write_text("{}")
@@ -153,8 +153,12 @@ def test_files_pictures_and_checkpoints_go_along(run, make_config, wanted):
     (file,) = run.wandb.glob("offline-run-*/*.wandb")
     records = read_datastore(file)
     named = {entry.path for record in records if record.WhichOneof("record_type") == "files" for entry in record.files.files}
-    assert {"config.yaml", "verify_layout.json"} <= named
-    assert (file.parent / "files" / "config.yaml").exists()
+    assert {"run/config.yaml", "run/verify_layout.json"} <= named
+    copy = file.parent / "files" / "run" / "config.yaml"
+    assert copy.read_text() == "a: 1\n"
+    assert not any(path.is_symlink() for path in copy.parents[1].rglob("*"))
+    said = capfd.readouterr()
+    assert not [line for line in (said.out + said.err).splitlines() if line.startswith("wandb: ")]
     assert any(("loss" in row and "image-file" in str(row["loss"])) or "loss/_type" in row for row in history(records))
     versions = [
         record.request.log_artifact.artifact if record.WhichOneof("record_type") == "request" else record.artifact
