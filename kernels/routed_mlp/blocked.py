@@ -76,19 +76,20 @@ class _RoutedMlp(torch.autograd.Function):
         ends: Tensor,
         activation: str,
     ) -> Tensor:
-        rows = len(x) if tokens is None else len(tokens)
-        gates = None if gate is None else x.new_empty(rows, gate.shape[1])
-        ups = x.new_empty(rows, up.shape[1])
+        width, rows = up.shape[1], len(x) if tokens is None else len(tokens)
+        gates = None if gate is None else x.new_empty(rows, width)
+        ups = x.new_empty(rows, width)
         wide = x.dtype if tokens is None else torch.promote_types(x.dtype, torch.float32)
         y = x.new_zeros(len(x), down.shape[1], dtype=wide)
         for expert, blocks in _blocks(ends):
-            w_gate, w_up, w_down = (None if w is None else w[expert].to(x.dtype).t() for w in (gate, up, down))
+            w_gate = None if gate is None else gate[expert].to(x.dtype)
+            w_up, w_down = up[expert].to(x.dtype), down[expert].to(x.dtype)
             for start, end in blocks:
-                block = _rows(x, start, end, up.shape[1], tokens)
-                g = None if w_gate is None else _multiply(block, w_gate, gates[start:end])
-                hidden, _ = _activate(activation, g, _multiply(block, w_up, ups[start:end]))
-                out = (hidden @ w_down)[: end - start]
-                if tokens is None:
+                block = _rows(x, start, end, width, tokens)
+                g = None if gates is None or w_gate is None else _multiply(block, w_gate.t(), gates[start:end])
+                hidden, _ = _activate(activation, g, _multiply(block, w_up.t(), ups[start:end]))
+                out = (hidden @ w_down.t())[: end - start]
+                if tokens is None or weights is None:
                     y[start:end] = out
                 else:  # every token once, so there is no order of additions to choose
                     y.index_add_(0, tokens[start:end], out * weights[start:end, None])
@@ -102,18 +103,20 @@ class _RoutedMlp(torch.autograd.Function):
         x, gates, ups, gate, up, down, weights, tokens, ends = ctx.saved_tensors
         wide = x.dtype if tokens is None else torch.promote_types(x.dtype, torch.float32)
         dx = torch.zeros_like(x, dtype=wide, memory_format=torch.contiguous_format)
-        dgate, dup, ddown = (None if w is None else torch.empty_like(w) for w in (gate, up, down))
-        dweights = None if weights is None else torch.empty_like(weights)
+        dgate = None if gate is None else torch.empty_like(gate)
+        dup, ddown, width = torch.empty_like(up), torch.empty_like(down), up.shape[1]
+        dweights = None if weights is None else torch.zeros_like(weights)
         for expert, blocks in _blocks(ends):
-            w_gate, w_up, w_down = (None if w is None else w[expert].to(x.dtype) for w in (gate, up, down))
+            w_gate = None if gate is None else gate[expert].to(x.dtype)
+            w_up, w_down = up[expert].to(x.dtype), down[expert].to(x.dtype)
             for number, (start, end) in enumerate(blocks):
-                width = up.shape[1]
                 block, dout = (_rows(t, start, end, width, tokens) for t in (x, dy))
-                g, u = (None if t is None else _rows(t, start, end, width) for t in (gates, ups))
+                g = None if gates is None else _rows(gates, start, end, width)
+                u = _rows(ups, start, end, width)
                 hidden, half = _activate(ctx.activation, g, u)
                 dhidden = dout @ w_down
-                if weights is not None:
-                    dots = torch.linalg.vecdot(dhidden.to(weights.dtype), hidden.to(weights.dtype))
+                if dweights is not None:
+                    dots = torch.linalg.vecdot(dhidden.to(dweights.dtype), hidden.to(dweights.dtype))
                     dweights[start:end] = dots[: end - start]
                     scale = _rows(weights, start, end, width)[:, None]
                     dout.mul_(scale)
@@ -122,7 +125,7 @@ class _RoutedMlp(torch.autograd.Function):
                 dg, du = _activate_backward(ctx.activation, dhidden, g, u, half)
                 _outer(du, block, dup[expert], number)
                 dblock = du @ w_up
-                if dg is not None:
+                if dg is not None and dgate is not None and w_gate is not None:
                     _outer(dg, block, dgate[expert], number)
                     torch.addmm(dblock, dg, w_gate, out=dblock)
                 if tokens is None:
@@ -131,8 +134,7 @@ class _RoutedMlp(torch.autograd.Function):
                     dx.index_add_(0, tokens[start:end], dblock[: end - start].to(wide))
             if not blocks:
                 for grad in (dgate, dup, ddown):
-                    if grad is not None:
-                        grad[expert].zero_()
+                    _ = None if grad is None else grad[expert].zero_()
         return dx.to(x.dtype), dgate, dup, ddown, dweights, None, None, None
 
 
@@ -177,6 +179,7 @@ def _outer(a: Tensor, b: Tensor, out: Tensor, number: int) -> None:
 def _activate(activation: str, gate: Tensor | None, up: Tensor) -> tuple[Tensor, Tensor]:
     """What `down` is applied to, and what `_activate_backward` can use again."""
     if activation == "swiglu":
+        assert gate is not None
         half = F.silu(gate)
         return half * up, half
     if activation == "gelu":
