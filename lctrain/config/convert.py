@@ -62,7 +62,7 @@ class ConvertBenchConfig(Strict):
     dtype: Literal["fp32", "bf16"] = "bf16"
     """What its numbers are stored in."""
     repeats: Positive = 3
-    """Conversions and copies of each kind, taking turns; the median counts."""
+    """Conversions and copies of each kind, in turns of changing order; the fastest counts."""
     folder: str | None = None
     """Where to write, on the disk to be measured; about four times `gb` must be free. Null: a temporary folder."""
     output: str | None = None

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import io
 import os
-from typing import IO, Any
+from typing import IO, Any, cast
 
 import torch
 from torch import Tensor
@@ -18,7 +18,7 @@ NUMBERS = "data/0"
 """The record of an archive's first storage."""
 
 
-class Window(io.RawIOBase):
+class _Window(io.RawIOBase):
     """Bytes start .. start + length of an open file, as a file of its own."""
 
     def __init__(self, descriptor: int, start: int, length: int) -> None:
@@ -49,10 +49,15 @@ class Window(io.RawIOBase):
         return count
 
 
+def window(descriptor: int, start: int, length: int) -> IO[bytes]:
+    """A part of an open file as a file of its own, for reading."""
+    return cast("IO[bytes]", _Window(descriptor, start, length))
+
+
 def stored_at(descriptor: int, start: int, length: int) -> tuple[Tensor, int]:
     """The tensor of an archive that lies at this place in a file, without its numbers, and where its storage begins."""
     with skip_data():
-        tensor = torch.load(Window(descriptor, start, length), map_location="cpu", weights_only=True)
+        tensor = torch.load(window(descriptor, start, length), map_location="cpu", weights_only=True)
     assert isinstance(tensor, Tensor), type(tensor)
     return tensor.detach(), start + _numbers(descriptor, start, length)
 
@@ -74,7 +79,8 @@ def save_without_numbers(value: Any, file: IO[bytes]) -> int:
 
 
 def _numbers(descriptor: int, start: int, length: int) -> int:
-    return int(torch._C.PyTorchFileReader(Window(descriptor, start, length)).get_record_offset(NUMBERS))
+    reader: Any = torch._C.PyTorchFileReader(window(descriptor, start, length))
+    return int(reader.get_record_offset(NUMBERS))
 
 
 def write_at(descriptor: int, data: memoryview, at: int) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, TensorStorageMetadata
 
 from lctrain.checkpoint.tensors import Reader
-from lctrain.convert.archive import Window, bytes_of, stored_at
+from lctrain.convert.archive import bytes_of, stored_at, window
 from lctrain.convert.stream import Info
 from lctrain.errors import UserError
 
@@ -112,7 +112,7 @@ class DcpFolder:
             tensor, start = stored_at(descriptor, place.offset, place.length)
             if tensor.numel() != box.info.shape.numel() or tensor.dtype != box.info.dtype:
                 raise ValueError(f"it holds {list(tensor.shape)} {tensor.dtype}")
-            numbers = start + tensor.storage_offset() * tensor.itemsize if tensor.is_contiguous() else None
+            numbers = start + int(tensor.storage_offset()) * tensor.itemsize if tensor.is_contiguous() else None
             return _Stored(path, place.offset, place.length, numbers)
         except OSError as error:
             raise UserError(f"{path} cannot be read: {error.strerror}") from None
@@ -120,8 +120,8 @@ class DcpFolder:
             raise UserError(f"{path} is damaged at {key}: {' '.join(str(error).split())}") from None
 
     def _load_whole(self, stored: _Stored) -> Tensor:
-        window = Window(self._file(stored.path).fileno(), stored.start, stored.length)
-        found: Tensor = torch.load(window, map_location="cpu", weights_only=True)
+        file = window(self._file(stored.path).fileno(), stored.start, stored.length)
+        found: Tensor = torch.load(file, map_location="cpu", weights_only=True)
         return found.detach().contiguous()
 
     def _file(self, path: Path) -> IO[bytes]:

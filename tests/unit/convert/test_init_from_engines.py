@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 from importlib.util import find_spec
 from pathlib import Path
@@ -15,6 +16,7 @@ from lctrain.config.moe import BalanceConfig, MoeConfig, RouterConfig
 from lctrain.config.schema import TrainConfig
 from lctrain.convert.native import open_native
 from lctrain.data.prepare import ensure_corpora
+from lctrain.engines.deepspeed.start import import_deepspeed
 from lctrain.engines.make import make_engine
 from lctrain.initial_weights import load_initial
 from lctrain.launch.process import Process
@@ -37,8 +39,12 @@ ENGINES = {
 }
 
 
-@pytest.fixture(autouse=True)
-def _end_ranks():
+@pytest.fixture(autouse=True, scope="module")
+def _imported_before_ranks_are_forked():
+    if find_spec("megatron"):
+        importlib.import_module("lctrain.engines.megatron.engine")
+    if find_spec("deepspeed"):
+        import_deepspeed(torch.device("cpu"))
     yield
     close_pools()
 
