@@ -20,8 +20,8 @@ class ProbeConfig(Strict):
     depths: Annotated[int, Field(ge=2)] = 5
     """Places of the passage, evenly from the beginning of the context to its end."""
     passage: Annotated[int, Field(ge=6)] = 48
-    """Tokens of the passage. It comes again at the end of the context: the first third then tells the model which passage it is,
-    and the loss of the rest counts."""
+    """Tokens of the passage. It comes again at the end of the context: the first third then tells the model which passage it
+    is, and the loss of the rest counts."""
     passages: Positive = 2
     """Passages, each in a context of its own, to average over."""
 
