@@ -34,7 +34,7 @@ class _Check:
     def __init__(self, schedule: Schedule, tiles: TileMap) -> None:
         self.schedule, self.tiles = schedule, tiles
         self.where = f"{schedule.strategy} {schedule.direction} on {tiles.world_size} ranks"
-        self.steps = len(schedule.ranks[0])
+        self.steps = max(map(len, schedule.ranks), default=0)
 
     def fail(self, what: str, step: int | None = None) -> NoReturn:
         raise ScheduleError(f"{self.where}{'' if step is None else f', step {step}'}: {what}")
@@ -55,7 +55,7 @@ class _Check:
             if not wanted[tile]:
                 self.fail(f"dead {tile} is computed")
             if computed[tile] != 1:
-                self.fail(f"live {tile} is not computed exactly once")
+                self.fail(f"live {tile} is computed {computed[tile]} times, not once")
         raise AssertionError("some tile is wrong, or this would not have been asked for")
 
     def check_matching(self) -> None:
@@ -65,16 +65,24 @@ class _Check:
             ranks = [(rank, steps[index]) for rank, steps in enumerate(self.schedule.ranks)]
             for rank, step in ranks:
                 for t in (*step.sends, *step.receives):
-                    if t.peer == rank or t.item.kind not in kinds or not index <= t.until < self.steps:
-                        self.fail(f"bad transfer {t} of rank {rank}", index)
+                    if t.peer == rank:
+                        self.fail(f"rank {rank} exchanges {t.item} with itself", index)
+                    if t.item.kind not in kinds:
+                        self.fail(f"rank {rank} exchanges {t.item} which is of no known kind", index)
+                    if not index <= t.until < self.steps:
+                        self.fail(
+                            f"rank {rank} waits for {t.item} in step {t.until}, before it starts or after the last", index
+                        )
             sent = [(rank, peer, item, until) for rank, step in ranks for item, peer, until in step.sends]
             received = [(peer, rank, item, until) for rank, step in ranks for item, peer, until in step.receives]
             if not len(sent) == len(received) == len(once := set(sent)) or once != set(received):
                 self.name_unmatched(Counter(sent), Counter(received), index)
 
     def name_unmatched(self, sent: Counter[Message], received: Counter[Message], index: int) -> NoReturn:
-        for source, target, item, until in (sent - received) + (received - sent):
-            self.fail(f"{item} from rank {source} to {target}, due in step {until}, is not both sent and received", index)
+        for source, target, item, until in sent - received:
+            self.fail(f"rank {source} sends {item} and waits in step {until}, which rank {target} does not receive so", index)
+        for source, target, item, until in received - sent:
+            self.fail(f"rank {target} receives {item} and waits in step {until}, which rank {source} does not send so", index)
         source, target, item, _ = sent.most_common(1)[0][0]
         self.fail(f"{item} is sent twice from rank {source} to {target}", index)
 
@@ -89,12 +97,12 @@ class _Check:
             used.update([t.item for t in step.sends if t.item.kind in COPIES and t.item.chunk.owner != rank])
             for item in used:
                 if usable.get(item, self.steps) > index:
-                    self.fail(f"rank {rank} uses {item}, which has not arrived", index)
+                    self.fail(f"rank {rank} uses {item} which has not arrived", index)
                 last_use[item] = index
             for t in step.receives:
                 if t.item.kind in COPIES:
                     if t.item in posted or t.item.chunk.owner == rank:
-                        self.fail(f"rank {rank} receives {t.item}, which it has", index)
+                        self.fail(f"rank {rank} receives {t.item} which it has", index)
                     posted[t.item], usable[t.item] = index, t.until + 1
         more = [0] * (self.steps + 1)
         for item, since in posted.items():
@@ -117,9 +125,9 @@ class _Check:
                 for t in steps[index].sends:
                     if t.item.kind in SUMS:
                         if t.item not in here[rank]:
-                            self.fail(f"rank {rank} sends {t.item}, which it does not have", index)
+                            self.fail(f"rank {rank} sends {t.item} which it does not have", index)
                         if t.item.kind in self.schedule.rounded and t.peer != t.item.chunk.owner:
-                            self.fail(f"rank {rank} sends {t.item}, which is rounded, to a rank that adds to it", index)
+                            self.fail(f"rank {rank} sends {t.item} which is rounded, to a rank that adds to it", index)
                         due[t.until].append((t.peer, t.item, here[rank].pop(t.item)))
                         arriving[t.peer] += 1
             for rank, steps in enumerate(self.schedule.ranks):

@@ -38,6 +38,9 @@ class Chunk(NamedTuple):
     owner: int
     part: int
 
+    def __str__(self) -> str:
+        return f"chunk {self.part} of rank {self.owner}"
+
 
 class Tile(NamedTuple):
     """Scores of one chunk of queries against one chunk of keys, for one slice of the heads."""
@@ -46,6 +49,9 @@ class Tile(NamedTuple):
     k: Chunk
     heads: int = 0
 
+    def __str__(self) -> str:
+        return f"tile of queries {self.q} and keys {self.k}, heads {self.heads}"
+
 
 class Item(NamedTuple):
     """Something that travels: what it is, of which tokens and heads."""
@@ -53,6 +59,9 @@ class Item(NamedTuple):
     kind: str
     chunk: Chunk
     heads: int = 0
+
+    def __str__(self) -> str:
+        return f"{self.kind} of {self.chunk}, heads {self.heads},"
 
 
 class Transfer(NamedTuple):

@@ -8,7 +8,7 @@ of making and checking its plans, which the loader's threads do, and of finding 
 
 from __future__ import annotations
 
-import sys
+import argparse
 import time
 
 import numpy as np
@@ -45,10 +45,21 @@ def times(strategy: Strategy, layout_kind: str, mix: str, world: int, length: in
     return made - began, ended - made
 
 
+def _multiple_of_8(text: str) -> int:
+    if not text.isdecimal() or int(text) < 8 or int(text) % 8:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a multiple of 8")
+    return int(text)
+
+
 def main() -> None:
     """Print the table in Markdown: milliseconds, medians over SEEDS, in brackets the worst."""
-    world = int(sys.argv[1]) if len(sys.argv) > 1 else 64
-    length = int(sys.argv[2]) if len(sys.argv) > 2 else 131_072
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("ranks", type=_multiple_of_8, nargs="?", default=64, help="a multiple of 8, for usp's groups")
+    parser.add_argument("tokens", type=int, nargs="?", default=131_072, help="at least one for each rank")
+    asked = parser.parse_args()
+    world, length = asked.ranks, asked.tokens
+    if length < world:
+        parser.error(f"tokens={length} is less than one for each of {world} ranks")
     torch.set_num_threads(1)
     print(f"| Documents ({length:,} tokens, {world} ranks) | layout | strategy | made by the loader | found in the step |")
     print("|---|---|---|---|---|")
