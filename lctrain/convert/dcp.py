@@ -117,7 +117,8 @@ class DcpFolder:
         except OSError as error:
             raise UserError(f"{path} cannot be read: {error.strerror}") from None
         except Exception as error:
-            raise UserError(f"{path} is damaged at {key}: {' '.join(str(error).split())}") from None
+            told = " ".join(str(error).split()) or "the file ends before it"
+            raise UserError(f"{path} is damaged at {key}: {told}") from None
 
     def _load_whole(self, stored: _Stored) -> Tensor:
         file = window(self._file(stored.path).fileno(), stored.start, stored.length)

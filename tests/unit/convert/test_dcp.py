@@ -105,6 +105,9 @@ def test_what_is_damaged_is_told(tmp_path):
     assert torch.equal(DcpFolder(tmp_path).read("x", slice(0, 20)), x[:20])
     with pytest.raises(UserError, match="is damaged at x"):
         DcpFolder(tmp_path).read("x")
+    path.write_bytes(whole[:10])  # before the second chunk
+    with pytest.raises(UserError, match=r"is damaged at x: .*[a-z]"):
+        DcpFolder(tmp_path).read("x", slice(20, 40))
     path.unlink()
     with pytest.raises(UserError, match="cannot be read: No such file"):
         DcpFolder(tmp_path).read("x")
