@@ -11,6 +11,7 @@ import shutil
 import tempfile
 import time
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from lctrain.bench.child import Child
@@ -87,10 +88,10 @@ def bench_convert(config: ConvertBenchConfig) -> int:
     with tempfile.TemporaryDirectory(dir=config.folder) as folder, Child(Converter, 1) as child:
         results = _measure(config, Path(folder), child)
     rows = [
-        (r["what"], f"{r['seconds']:.2f}", f"{r['gb'] / r['seconds']:.2f}", f"{r['of_copy']:.2f}", _mib(r["extra_mib"]))
+        (r["what"], *(f"{r[key]:.2f}" for key in ("fastest_s", "of_copy", "median_s", "median_of_copy")), _mib(r["extra_mib"]))
         for r in results
     ]
-    table(("what", "s", "GB/s", "of a copy", "extra memory"), rows, align="lrrrr")
+    table(("what", "fastest, s", "of a copy", "median, s", "of a copy", "extra memory"), rows, align="lrrrrr")
     if config.output is not None:
         content = {"benchmark": "convert", "settings": config.model_dump(mode="json", exclude={"output"})}
         write_json(Path(config.output), {**content, "machine": machine, "results": results})
@@ -101,7 +102,7 @@ def bench_convert(config: ConvertBenchConfig) -> int:
 def _measure(config: ConvertBenchConfig, folder: Path, child: Child) -> list[dict[str, Any]]:
     original = folder / "hf"
     size = child.call("make", str(original), config.gb, config.family, config.dtype)
-    say(f"{config.family}, {config.dtype}, {size / 1e9:.2f} GB; fastest of {config.repeats}")
+    say(f"{config.family}, {config.dtype}, {size / 1e9:.2f} GB, {config.repeats} runs each")
     child.call("convert", str(original), str(folder / "lctrain"), "lctrain")  # imports, and the inputs of the others
     child.call("convert", str(folder / "lctrain"), str(folder / "megatron"), "megatron")
     found: dict[str, list[tuple[float, float | None]]] = {}
@@ -118,21 +119,20 @@ def _measure(config: ConvertBenchConfig, folder: Path, child: Child) -> list[dic
                 found.setdefault(what, []).append(result)
                 shutil.rmtree(output)
                 advance(1)
-    # The fastest counts: what else a machine does (a virtual one gives freed memory back, and asks for it again) only adds.
-    copy = min(seconds for seconds, _ in found["copy"])
+    seconds = {what: [run[0] for run in runs] for what, runs in found.items()}
     results = []
     for what, _, _ in kinds:
-        runs = found[what]
-        seconds = min(run[0] for run in runs)
-        extra = [run[1] for run in runs if run[1] is not None]
+        extra = [run[1] for run in found[what] if run[1] is not None]
         results.append(
             {
                 "what": what,
                 "gb": size / 1e9,
-                "seconds": seconds,
-                "of_copy": seconds / copy,
+                "fastest_s": min(seconds[what]),
+                "of_copy": min(seconds[what]) / min(seconds["copy"]),
+                "median_s": median(seconds[what]),
+                "median_of_copy": median(seconds[what]) / median(seconds["copy"]),
                 "extra_mib": max(extra) if extra else None,
-                "runs": [run[0] for run in runs],
+                "runs": seconds[what],
             }
         )
     return results
