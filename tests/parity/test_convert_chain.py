@@ -8,15 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from lctrain.config.convert import ConvertConfig
 from lctrain.config.model import AttentionConfig, MlpConfig, ModelConfig
 from lctrain.config.moe import BalanceConfig, MoeConfig, RouterConfig
 from lctrain.convert.families import FAMILIES, family_for
 from lctrain.convert.listing import families_table, list_families
-from lctrain.convert.mapping import our_infos
-from lctrain.convert.native import write_model
-from lctrain.convert.run import convert
-from lctrain.convert.safetensors import SafetensorsFolder, SafetensorsWriter
+from lctrain.convert.safetensors import SafetensorsFolder
+from tests.conversion import random_model, run
 
 ATTENTION = AttentionConfig(n_heads=4, n_kv_heads=2, head_dim=8)
 CONFIGS = {
@@ -48,32 +45,20 @@ CONFIGS = {
 }
 
 
-def run(**settings) -> None:
-    values = {key: str(value) if isinstance(value, Path) else value for key, value in settings.items()}
-    assert convert(ConvertConfig(**{"verify": False, **values})) == 0
-
-
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 @pytest.mark.parametrize("name", CONFIGS)
 def test_there_and_back_through_all(tmp_path, name, dtype):
     """DeepSpeed's universal checkpoints hold fp32, so what was bf16 is rounded once at the end, to what it was."""
     config = CONFIGS[name]
-    start = tmp_path / "start"
-    start.mkdir()
-    infos, _ = our_infos(config)
-    writer = SafetensorsWriter(start, infos, 10**9, {})
-    for tensor, info in infos.items():
-        writer.write(tensor, [torch.randn(info.shape)])
-    writer.close()
-    write_model(start, "start", config)
-    run(input=start, output=tmp_path / "hf", to="hf", family=name, dtype=dtype)
+    start = random_model(tmp_path / "start", config)
+    assert run(input=start, output=tmp_path / "hf", to="hf", family=name, dtype=dtype) == 0
     (tmp_path / "hf" / "tokenizer.json").write_text("{}")
     stages = ["lctrain", "megatron", "lctrain", "deepspeed", "lctrain", "hf"]
     folder = tmp_path / "hf"
     for number, to in enumerate(stages):
         output = tmp_path / f"{number}-{to}"
         last = {"dtype": dtype} if to == "hf" else {}
-        run(input=folder, output=output, to=to, vocab_multiple=64 if number == 0 else 1, **last)
+        assert run(input=folder, output=output, to=to, vocab_multiple=64 if number == 0 else 1, **last) == 0
         folder = output
     a, b = SafetensorsFolder(tmp_path / "hf"), SafetensorsFolder(folder)
     assert dict(a.infos) == dict(b.infos)

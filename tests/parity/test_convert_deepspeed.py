@@ -14,17 +14,15 @@ if find_spec("deepspeed") is None:
 import torch
 from torch import nn
 
-from lctrain.config.convert import ConvertConfig
 from lctrain.config.model import AttentionConfig, MlpConfig, ModelConfig
 from lctrain.config.moe import BalanceConfig, MoeConfig
-from lctrain.convert.mapping import our_infos
-from lctrain.convert.native import open_native, write_model
-from lctrain.convert.run import convert
-from lctrain.convert.safetensors import SafetensorsFolder, SafetensorsWriter
+from lctrain.convert.native import open_native
+from lctrain.convert.safetensors import SafetensorsFolder
 from lctrain.engines.deepspeed.start import start_deepspeed
 from lctrain.errors import UserError
 from lctrain.launch.ranks import close_pools, run_ranks
 from lctrain.models.model import LanguageModel
+from tests.conversion import random_model, run
 
 CONFIG = ModelConfig(
     pattern="*-*E",
@@ -34,18 +32,6 @@ CONFIG = ModelConfig(
     mlp=MlpConfig(d_ff=35),
     moe=MoeConfig(n_experts=4, d_ff=17, balance=BalanceConfig(bias_rate=0.001)),
 )
-
-
-def random_model(folder: Path) -> Path:
-    folder.mkdir()
-    infos, _ = our_infos(CONFIG)
-    writer = SafetensorsWriter(folder, infos, 10**9, {})
-    generator = torch.Generator().manual_seed(0)
-    for name, info in infos.items():
-        writer.write(name, [torch.randn(info.shape, generator=generator)])
-    writer.close()
-    write_model(folder, "random", CONFIG)
-    return folder
 
 
 def make_engine(model: nn.Module, stage: int, universal: bool):
@@ -102,11 +88,6 @@ def _end_ranks():
     close_pools()
 
 
-def run(**settings) -> None:
-    values = {key: str(value) if isinstance(value, Path) else value for key, value in settings.items()}
-    assert convert(ConvertConfig(**{"verify": False, **values})) == 0
-
-
 def assert_same(found: Path, wanted: Path) -> None:
     a, b = SafetensorsFolder(found), SafetensorsFolder(wanted)
     assert dict(a.infos) == dict(b.infos)
@@ -116,31 +97,32 @@ def assert_same(found: Path, wanted: Path) -> None:
 
 @pytest.mark.parametrize(("stage", "world"), [(0, 1), (1, 2), (2, 3), (3, 2), (3, 3)])
 def test_every_stage_is_read(tmp_path, stage, world):
-    ours = random_model(tmp_path / "ours")
+    ours = random_model(tmp_path / "ours", CONFIG)
     run_ranks(save, world, str(ours), str(tmp_path / "theirs"), stage)
     with pytest.raises(UserError, match=r"config=FILE\.yaml"):
         run(input=tmp_path / "theirs", output=tmp_path / "back", to="lctrain")
-    run(input=tmp_path / "theirs", output=tmp_path / "back", to="lctrain", config=ours / "model" / "random.yaml", verify=True)
+    settings = ours / "model" / "ours.yaml"
+    assert run(input=tmp_path / "theirs", output=tmp_path / "back", to="lctrain", config=settings, verify=True) == 0
     assert_same(tmp_path / "back", ours)
 
 
 def test_missing_ranks_are_told(tmp_path):
-    ours = random_model(tmp_path / "ours")
+    ours = random_model(tmp_path / "ours", CONFIG)
     run_ranks(save, 2, str(ours), str(tmp_path / "theirs"), 2)
     next((tmp_path / "theirs" / "step1").glob("*zero_pp_rank_1_*optim*")).unlink()
     with pytest.raises(UserError, match="it has 1 of 2 optimizer files"):
-        run(input=tmp_path / "theirs", output=tmp_path / "back", to="lctrain", config=ours / "model" / "random.yaml")
+        run(input=tmp_path / "theirs", output=tmp_path / "back", to="lctrain", config=ours / "model" / "ours.yaml")
 
 
 @pytest.mark.parametrize(("stage", "world"), [(1, 2), (2, 1), (3, 2)])
 def test_a_universal_checkpoint_of_ours_is_loaded(tmp_path, stage, world):
-    ours = random_model(tmp_path / "ours")
-    run(input=ours, output=tmp_path / "universal", to="deepspeed", verify=True)
+    ours = random_model(tmp_path / "ours", CONFIG)
+    assert run(input=ours, output=tmp_path / "universal", to="deepspeed", verify=True) == 0
     source = SafetensorsFolder(ours)
     for found in run_ranks(load, world, str(tmp_path / "universal"), stage):
         for name, tensor in found.items():
             assert torch.equal(tensor, source.read(name)), name
-    run(input=tmp_path / "universal", output=tmp_path / "back", to="lctrain")
+    assert run(input=tmp_path / "universal", output=tmp_path / "back", to="lctrain") == 0
     assert_same(tmp_path / "back", ours)
 
 
@@ -160,8 +142,8 @@ def make_universal(rank: int, world: int, source: str, output: str) -> None:
 
 
 def test_its_own_universal_checkpoint_is_read(tmp_path):
-    ours = random_model(tmp_path / "ours")
+    ours = random_model(tmp_path / "ours", CONFIG)
     run_ranks(save, 2, str(ours), str(tmp_path / "theirs"), 3)
     run_ranks(make_universal, 1, str(tmp_path / "theirs" / "step1"), str(tmp_path / "universal"))
-    run(input=tmp_path / "universal", output=tmp_path / "back", to="lctrain", config=ours / "model" / "random.yaml")
+    assert run(input=tmp_path / "universal", output=tmp_path / "back", to="lctrain", config=ours / "model" / "ours.yaml") == 0
     assert_same(tmp_path / "back", ours)

@@ -16,12 +16,10 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING, AutoConf
 from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 from transformers.utils import logging
 
-from lctrain.config.convert import ConvertConfig
 from lctrain.convert.families import FAMILIES
 from lctrain.convert.function import differences
 from lctrain.convert.huggingface import hf_logits, open_hf
 from lctrain.convert.native import open_native
-from lctrain.convert.run import convert
 from lctrain.convert.safetensors import SafetensorsFolder
 from lctrain.convert.verify import our_logits, random_tokens
 from lctrain.devices import choose_device
@@ -31,6 +29,7 @@ from lctrain.models.model import LanguageModel
 from lctrain.parallel.group import RankGroup
 from lctrain.parallel.layout import SequenceLayout, document_positions
 from lctrain.parallel.sequence import SequenceMeta
+from tests.conversion import run
 
 VOCAB = 96
 BASE = {
@@ -128,16 +127,11 @@ def models(tmp_path_factory):
         if name not in made:
             folder = tmp_path_factory.mktemp("models") / "x"
             theirs = make(folder / "theirs", name)
-            run(input=theirs, output=folder / "ours", to="lctrain")
+            assert run(input=theirs, output=folder / "ours", to="lctrain") == 0
             made[name] = (theirs, folder / "ours")
         return made[name]
 
     return get
-
-
-def run(**settings) -> None:
-    values = {key: str(value) if isinstance(value, Path) else value for key, value in settings.items()}
-    assert convert(ConvertConfig(**{"verify": False, **values})) == 0
 
 
 def bits(folder: Path) -> dict[str, torch.Tensor]:
@@ -160,7 +154,7 @@ def test_every_family_is_tested():
 @pytest.mark.parametrize("name", MODELS)
 def test_there_and_back(models, tmp_path, name):
     theirs, ours = models(name)
-    run(input=ours, output=tmp_path / "back", to="hf")
+    assert run(input=ours, output=tmp_path / "back", to="hf") == 0
     assert_same_bits(tmp_path / "back", theirs)
     before, after = (AutoConfig.from_pretrained(folder).to_dict() for folder in (theirs, tmp_path / "back"))
     before["_name_or_path"] = after["_name_or_path"]
@@ -210,15 +204,15 @@ def test_logits_of_a_sequence_over_two_ranks(models, name):
 
 def test_bf16_comes_back_too(tmp_path):
     theirs = make(tmp_path / "theirs", "bamba", torch.bfloat16)
-    run(input=theirs, output=tmp_path / "ours", to="lctrain", verify=True)
-    run(input=tmp_path / "ours", output=tmp_path / "back", to="hf", verify=True)
+    assert run(input=theirs, output=tmp_path / "ours", to="lctrain", verify=True) == 0
+    assert run(input=tmp_path / "ours", output=tmp_path / "back", to="hf", verify=True) == 0
     assert_same_bits(tmp_path / "back", theirs)
     assert json.loads((tmp_path / "back" / "config.json").read_text())["dtype"] == "bfloat16"
 
 
 def test_rounding_to_bf16_spares_the_recurrence(models, tmp_path):
     theirs, ours = models("bamba")
-    run(input=ours, output=tmp_path / "back", to="hf", dtype="bf16", verify=True)
+    assert run(input=ours, output=tmp_path / "back", to="hf", dtype="bf16", verify=True) == 0
     for name, tensor in bits(tmp_path / "back").items():
         kept = name.endswith(("A_log", ".D", "dt_bias"))
         assert tensor.dtype == (torch.float32 if kept else torch.bfloat16), name
@@ -227,11 +221,11 @@ def test_rounding_to_bf16_spares_the_recurrence(models, tmp_path):
 
 def test_a_padded_vocabulary_comes_off_again(models, tmp_path):
     theirs, _ = models("llama")
-    run(input=theirs, output=tmp_path / "ours", to="lctrain", vocab_multiple=64, verify=True)
+    assert run(input=theirs, output=tmp_path / "ours", to="lctrain", vocab_multiple=64, verify=True) == 0
     native = open_native(tmp_path / "ours")
     assert native.config.vocab_size == 128
     assert not native.source.read("head.weight")[VOCAB:].any()
-    run(input=tmp_path / "ours", output=tmp_path / "back", to="hf", verify=True)
+    assert run(input=tmp_path / "ours", output=tmp_path / "back", to="hf", verify=True) == 0
     assert_same_bits(tmp_path / "back", theirs)
     with pytest.raises(UserError, match="vocab_size=200 is more than the 128 rows"):
         run(input=tmp_path / "ours", output=tmp_path / "more", to="hf", vocab_size=200)
@@ -239,7 +233,7 @@ def test_a_padded_vocabulary_comes_off_again(models, tmp_path):
 
 def test_shards_and_their_index(models, tmp_path):
     theirs, ours = models("mixtral")
-    run(input=ours, output=tmp_path / "back", to="hf", shard_gb=2e-5, verify=True)
+    assert run(input=ours, output=tmp_path / "back", to="hf", shard_gb=2e-5, verify=True) == 0
     assert len(list((tmp_path / "back").glob("model-0*.safetensors"))) > 3
     assert_same_bits(tmp_path / "back", theirs)
 
@@ -249,7 +243,7 @@ def test_another_family_that_can_express_it(models, tmp_path):
     with pytest.raises(UserError, match=r"llama cannot express model.pattern=W-W-"):
         run(input=ours, output=tmp_path / "back", to="hf", family="llama")
     theirs, ours = models("qwen3")
-    run(input=ours, output=tmp_path / "moe", to="hf", family="qwen3", verify=True)
+    assert run(input=ours, output=tmp_path / "moe", to="hf", family="qwen3", verify=True) == 0
     assert_same_bits(tmp_path / "moe", theirs)
 
 

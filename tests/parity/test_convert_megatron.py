@@ -29,18 +29,16 @@ from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.moe import moe_utils
 
 from lctrain.adapters.megatron_cpu import megatron_on_cpu
-from lctrain.config.convert import ConvertConfig
 from lctrain.config.latent_attention import LatentAttentionConfig
 from lctrain.config.model import AttentionConfig, MlpConfig, ModelConfig
 from lctrain.config.moe import BalanceConfig, MoeConfig, RouterConfig
 from lctrain.config.rope import RopeConfig
-from lctrain.convert.mapping import our_infos
-from lctrain.convert.native import open_native, write_model
-from lctrain.convert.run import convert
-from lctrain.convert.safetensors import SafetensorsFolder, SafetensorsWriter
+from lctrain.convert.native import open_native
+from lctrain.convert.safetensors import SafetensorsFolder
 from lctrain.convert.verify import our_logits, random_tokens
 from lctrain.errors import UserError
 from lctrain.launch.ranks import close_pools, run_ranks
+from tests.conversion import random_model, run
 
 VOCAB, LENGTH = 96, 24
 CONFIGS = {
@@ -109,20 +107,6 @@ class LatentCore(DotProductAttention):
     def __init__(self, *args, k_channels=None, v_channels=None, **kwargs):
         super().__init__(*args, **kwargs)
         self.hidden_size_per_partition = (v_channels or 1) * self.num_attention_heads_per_partition
-
-
-def random_model(folder: Path, config: ModelConfig) -> Path:
-    """A model folder of ours with random values everywhere."""
-    folder.mkdir()
-    infos, _ = our_infos(config)
-    writer = SafetensorsWriter(folder, infos, 10**9, {})
-    generator = torch.Generator().manual_seed(0)
-    for name, info in infos.items():
-        noise = torch.randn(info.shape, generator=generator)
-        writer.write(name, [noise * info.shape[-1] ** -0.5 if noise.dim() > 1 else 1 + 0.3 * noise])
-    writer.close()
-    write_model(folder, "random", config)
-    return folder
 
 
 def build(folder: Path, tp: int = 1, pp: int = 1, ep: int = 1) -> GPTModel:
@@ -202,11 +186,6 @@ def _end_ranks():
     close_pools()
 
 
-def run(**settings) -> None:
-    values = {key: str(value) if isinstance(value, Path) else value for key, value in settings.items()}
-    assert convert(ConvertConfig(**{"verify": False, **values})) == 0
-
-
 @pytest.mark.parametrize(
     ("name", "tp", "pp"),
     [
@@ -221,14 +200,14 @@ def run(**settings) -> None:
 )
 def test_their_model_computes_the_same(tmp_path, name, tp, pp):
     ours = random_model(tmp_path / "ours", CONFIGS[name])
-    run(input=ours, output=tmp_path / "theirs", to="megatron")
+    assert run(input=ours, output=tmp_path / "theirs", to="megatron") == 0
     native = open_native(ours)
     wanted = our_logits(native.config, native.source, random_tokens(LENGTH, VOCAB))
     found = [out for out in run_ranks(their_logits, tp * pp, str(tmp_path / "theirs"), tp, pp) if out is not None]
     assert len(found) == tp
     for out in found:
         assert (out - wanted).abs().max() / wanted.abs().max() < 1e-5
-    run(input=tmp_path / "theirs", output=tmp_path / "back", to="lctrain")
+    assert run(input=tmp_path / "theirs", output=tmp_path / "back", to="lctrain") == 0
     a, b = SafetensorsFolder(ours), SafetensorsFolder(tmp_path / "back")
     assert a.infos == b.infos
     for tensor in a.infos:
@@ -238,9 +217,9 @@ def test_their_model_computes_the_same(tmp_path, name, tp, pp):
 @pytest.mark.parametrize(("name", "tp", "pp"), [("dense", 2, 2), ("experts", 1, 2), ("all experts", 1, 1)])
 def test_what_megatron_writes_is_read(tmp_path, name, tp, pp):
     ours = random_model(tmp_path / "ours", CONFIGS[name])
-    run(input=ours, output=tmp_path / "theirs", to="megatron")
+    assert run(input=ours, output=tmp_path / "theirs", to="megatron") == 0
     run_ranks(save_again, tp * pp, str(tmp_path / "theirs"), str(tmp_path / "again"), tp, pp)
-    run(input=tmp_path / "again", output=tmp_path / "back", to="lctrain", config=ours / "model" / "random.yaml")
+    assert run(input=tmp_path / "again", output=tmp_path / "back", to="lctrain", config=ours / "model" / "ours.yaml") == 0
     a, b = SafetensorsFolder(ours), SafetensorsFolder(tmp_path / "back")
     assert a.infos == b.infos
     for tensor in a.infos:
@@ -267,7 +246,7 @@ def test_what_megatron_lacks_is_refused_by_name(tmp_path, change, message):
 
 def test_a_checkpoint_that_says_not_what_it_is(tmp_path):
     ours = random_model(tmp_path / "ours", CONFIGS["dense"])
-    run(input=ours, output=tmp_path / "theirs", to="megatron")
+    assert run(input=ours, output=tmp_path / "theirs", to="megatron") == 0
     (tmp_path / "theirs" / "lctrain_model.yaml").unlink()
     with pytest.raises(UserError, match=r"add config=FILE.yaml"):
         run(input=tmp_path / "theirs", output=tmp_path / "back", to="lctrain")

@@ -38,17 +38,15 @@ from megatron.core.transformer.torch_norm import WrappedTorchNorm
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 
 from lctrain.adapters.megatron_cpu import megatron_on_cpu
-from lctrain.config.convert import ConvertConfig
 from lctrain.config.mamba import MambaConfig
 from lctrain.config.model import AttentionConfig, MlpConfig, ModelConfig
 from lctrain.config.rope import RopeConfig
-from lctrain.convert.mapping import our_infos
-from lctrain.convert.native import open_native, write_model
-from lctrain.convert.run import convert
-from lctrain.convert.safetensors import SafetensorsFolder, SafetensorsWriter
+from lctrain.convert.native import open_native
+from lctrain.convert.safetensors import SafetensorsFolder
 from lctrain.convert.verify import our_logits, random_tokens
 from lctrain.errors import UserError
 from lctrain.launch.ranks import close_pools, run_ranks
+from tests.conversion import random_model, run
 
 VOCAB, LENGTH = 96, 24
 CONFIG = ModelConfig(
@@ -188,19 +186,6 @@ def their_logits(rank: int, world: int, folder: str, tp: int, pp: int):
         return (gather_from_tensor_model_parallel_region(out) if tp > 1 else out)[0].float()
 
 
-def random_model(folder: Path, config: ModelConfig = CONFIG) -> Path:
-    folder.mkdir()
-    infos, _ = our_infos(config)
-    writer = SafetensorsWriter(folder, infos, 10**9, {})
-    generator = torch.Generator().manual_seed(0)
-    for name, info in infos.items():
-        noise = torch.randn(info.shape, generator=generator)
-        writer.write(name, [noise * info.shape[-1] ** -0.5 if noise.dim() > 1 else 1 + 0.3 * noise])
-    writer.close()
-    write_model(folder, "random", config)
-    return folder
-
-
 @pytest.fixture(scope="module", autouse=True)
 def _end_ranks():
     """Every model that megatron-core or DeepSpeed builds leaves process groups, with threads of their own."""
@@ -208,22 +193,17 @@ def _end_ranks():
     close_pools()
 
 
-def run(**settings) -> None:
-    values = {key: str(value) if isinstance(value, Path) else value for key, value in settings.items()}
-    assert convert(ConvertConfig(**{"verify": False, **values})) == 0
-
-
 @pytest.mark.parametrize(("tp", "pp"), [(1, 1), (2, 1), (2, 2)])
 def test_their_model_computes_the_same(tmp_path, tp, pp):
-    ours = random_model(tmp_path / "ours")
-    run(input=ours, output=tmp_path / "theirs", to="megatron")
+    ours = random_model(tmp_path / "ours", CONFIG)
+    assert run(input=ours, output=tmp_path / "theirs", to="megatron") == 0
     native = open_native(ours)
     wanted = our_logits(native.config, native.source, random_tokens(LENGTH, VOCAB))
     found = [out for out in run_ranks(their_logits, tp * pp, str(tmp_path / "theirs"), tp, pp) if out is not None]
     assert len(found) == tp
     for out in found:
         assert (out - wanted).abs().max() / wanted.abs().max() < 1e-5
-    run(input=tmp_path / "theirs", output=tmp_path / "back", to="lctrain")
+    assert run(input=tmp_path / "theirs", output=tmp_path / "back", to="lctrain") == 0
     a, b = SafetensorsFolder(ours), SafetensorsFolder(tmp_path / "back")
     assert all(torch.equal(a.read(name), b.read(name)) for name in a.infos)
 
@@ -242,4 +222,4 @@ def test_what_a_hybrid_lacks_there(tmp_path, change, message):
     with pytest.raises(UserError, match=message):
         run(input=ours, output=tmp_path / "theirs", to="megatron")
     if "dt_limit" in message:
-        run(input=ours, output=tmp_path / "theirs", to="megatron", accept=("mamba.dt_limit_min",))
+        assert run(input=ours, output=tmp_path / "theirs", to="megatron", accept=("mamba.dt_limit_min",)) == 0

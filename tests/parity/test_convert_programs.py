@@ -25,7 +25,8 @@ from lctrain.engines.deepspeed.start import start_deepspeed
 from lctrain.errors import UserError
 from lctrain.launch.ranks import close_pools, run_ranks
 from lctrain.models.model import LanguageModel
-from tests.parity.test_convert_huggingface import VOCAB, assert_same_bits, make, run
+from tests.conversion import run
+from tests.parity.test_convert_huggingface import VOCAB, assert_same_bits, make
 from tests.parity.test_convert_megatron import LENGTH, save_again, their_logits
 
 
@@ -76,10 +77,10 @@ def make_universal(source: Path, output: Path, *more: str) -> None:
 
 def test_all_the_way_round(tmp_path):
     theirs = make(tmp_path / "start", "qwen3", vocab_size=VOCAB, tie_word_embeddings=False)
-    run(input=theirs, output=tmp_path / "ours", to="lctrain")
+    assert run(input=theirs, output=tmp_path / "ours", to="lctrain") == 0
     settings = next((tmp_path / "ours" / "model").glob("*.yaml"))
 
-    run(input=tmp_path / "ours", output=tmp_path / "megatron", to="megatron")
+    assert run(input=tmp_path / "ours", output=tmp_path / "megatron", to="megatron") == 0
     wanted = hf_logits(theirs, random_tokens(LENGTH, VOCAB))
     found = [out for out in run_ranks(their_logits, 4, str(tmp_path / "megatron"), 2, 2) if out is not None]
     assert len(found) == 2
@@ -87,12 +88,12 @@ def test_all_the_way_round(tmp_path):
         assert (out - wanted).abs().max() / wanted.abs().max() < 1e-5
     run_ranks(save_again, 4, str(tmp_path / "megatron"), str(tmp_path / "again"), 2, 2)
     close_pools()
-    run(input=tmp_path / "again", output=tmp_path / "ours2", to="lctrain", config=settings)
+    assert run(input=tmp_path / "again", output=tmp_path / "ours2", to="lctrain", config=settings) == 0
 
     run_ranks(train_in_deepspeed, 2, str(tmp_path / "ours2"), str(tmp_path / "zero3"))
     make_universal(tmp_path / "zero3" / "step1", tmp_path / "universal", "--inject_missing_state")
-    run(input=tmp_path / "universal", output=tmp_path / "ours3", to="lctrain", config=settings)
-    run(input=tmp_path / "ours3", output=tmp_path / "back", to="hf", family="qwen3")
+    assert run(input=tmp_path / "universal", output=tmp_path / "ours3", to="lctrain", config=settings) == 0
+    assert run(input=tmp_path / "ours3", output=tmp_path / "back", to="hf", family="qwen3") == 0
     assert_same_bits(tmp_path / "back", theirs)
 
 
@@ -171,13 +172,13 @@ def save_halves(rank: int, world: int, ours: str, output: str) -> None:
 
 def test_what_tensor_parallel_ranks_wrote_is_read_once_it_is_universal(tmp_path):
     theirs = make(tmp_path / "start", "llama", attention_bias=False, mlp_bias=False)
-    run(input=theirs, output=tmp_path / "ours", to="lctrain")
+    assert run(input=theirs, output=tmp_path / "ours", to="lctrain") == 0
     settings = next((tmp_path / "ours" / "model").glob("*.yaml"))
     run_ranks(save_halves, 2, str(tmp_path / "ours"), str(tmp_path / "theirs"))
     with pytest.raises(UserError) as refusal:
-        run(input=tmp_path / "theirs", output=tmp_path / "back", to="lctrain", config=settings)
+        assert run(input=tmp_path / "theirs", output=tmp_path / "back", to="lctrain", config=settings) == 0
     source, output = tmp_path / "theirs" / "step1", tmp_path / "theirs" / "step1_universal"
     assert f"ds_to_universal --input_folder {source} --output_folder {output})" in str(refusal.value)
     make_universal(source, output)
-    run(input=output, output=tmp_path / "back", to="lctrain", config=settings)
+    assert run(input=output, output=tmp_path / "back", to="lctrain", config=settings) == 0
     assert_same_bits(tmp_path / "back", tmp_path / "ours")

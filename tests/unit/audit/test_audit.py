@@ -2,22 +2,19 @@
 
 import json
 
-import numpy as np
 import pytest
 
 from lctrain.audit.check import audit
 from lctrain.audit.history import note_discarded, read_history
 from lctrain.commands.audit import main
-from lctrain.config.model import AttentionConfig, MlpConfig, ModelConfig
-from lctrain.config.schema import CorpusConfig, DataConfig, StageConfig, TrainConfig, TrainerConfig
+from lctrain.config.schema import DataConfig, StageConfig, TrainConfig, TrainerConfig
 from lctrain.data.digest import step_digest, step_documents
-from lctrain.data.indexed import IndexedWriter
 from lctrain.data.samples import SampleSource
-from lctrain.data.sidecar import Sidecar
 from lctrain.errors import UserError
 from lctrain.faults.passed_over import PassedOver, write_passed_over
 from lctrain.run_dir import RunDir
 from lctrain.tracking.jsonl import append_event
+from tests.unit.conftest import TINY
 
 STEPS, BATCH = 8, 4
 
@@ -47,25 +44,12 @@ class Past:
 
 
 @pytest.fixture
-def past(tmp_path) -> Past:
-    prefix, rng = str(tmp_path / "corpus"), np.random.default_rng(0)
-    with IndexedWriter(prefix, 257) as writer:
-        for length in rng.integers(1, 200, size=40):
-            writer.append(rng.integers(0, 256, length))
-            writer.end_document()
-        facts = (256, 257, writer.documents, writer.tokens, writer.max_id, 0, writer.sha256, ("test",), "0")
-        writer.finish(Sidecar("bytes", "bytes", *facts).to_json())
+def past(tmp_path, corpus) -> Past:
     return Past(
         TrainConfig(
             run_dir=str(tmp_path / "run"),
-            model=ModelConfig(
-                pattern="*-",
-                d_model=16,
-                vocab_size=257,
-                attention=AttentionConfig(n_heads=2, n_kv_heads=1),
-                mlp=MlpConfig(d_ff=16),
-            ),
-            data=DataConfig(corpora=(CorpusConfig(prefix=prefix),), valid_fraction=0.0),
+            model=TINY,
+            data=DataConfig(corpora=(corpus,), valid_fraction=0.0),
             trainer=TrainerConfig(steps=STEPS, seq_len=50, global_batch=BATCH, stages=(StageConfig(steps=3, seq_len=21),)),
         )
     )
