@@ -14,7 +14,7 @@ from typing import NamedTuple
 from lctrain.parallel.exchange import Grouped
 from lctrain.parallel.layout import SequenceLayout
 from lctrain.parallel.mask import AttentionMask
-from lctrain.parallel.payload import AttentionShape, item_bytes
+from lctrain.parallel.payload import AttentionShape, item_bytes, payload
 from lctrain.parallel.plan import AttentionPlan, Work, make_plan
 from lctrain.parallel.schedule import Direction
 from lctrain.parallel.strategy import Strategy
@@ -33,12 +33,13 @@ class Call(NamedTuple):
 
 
 class Send(NamedTuple):
-    """Bytes on their way to a peer from the start of a step, waited for at the end of step `until`."""
+    """Bytes on their way to a peer from the start of a step, in so many tensors, waited for at the end of step `until`."""
 
     kind: str
     peer: int
     bytes: int
     until: int
+    tensors: int = 1
 
 
 class CostedStep(NamedTuple):
@@ -105,6 +106,7 @@ def _of_plan(
 ) -> tuple[CostedStep, ...]:
     name, node = strategy.schedule_name(), strategy.node_size(placement.world_size)
     plan = make_plan(name, placement, mask, rank, direction, shape.travelling_heads, node)
+    split = shape.split(plan.slices)
     steps = []
     for step in plan.steps:
         calls = tuple(call for work in step.work for call in _calls(work, plan, mask, shape))
@@ -114,6 +116,7 @@ def _of_plan(
                 t.peer if peers is None else peers[t.peer],
                 item_bytes(t.item.kind, plan, shape, t.item.heads, plan.placement.chunk_length),
                 t.until + first,
+                len(payload(t.item.kind, direction, shape, split, t.item.heads)),
             )
             for t in step.step.sends
         )
@@ -140,7 +143,8 @@ def _exchange(
     after_step: int,
 ) -> tuple[CostedStep, CostedStep]:
     """The exchanges before and after the inner attention, as seen by one member."""
-    split = shape.split(size)
+    split, chunks = shape.split(size), layout.chunks
+    keys = chunks if shape.latent is not None else 2 * chunks  # a latent is one tensor, keys and values are two
     per_entry = layout.local_length * shape.batch * shape.dtype.itemsize
     per_head, per_kv_head = per_entry * shape.head_dim, per_entry * math.prod(shape.kv_size)
     before, after = [], []
@@ -151,12 +155,12 @@ def _exchange(
         (q0, q1), (k0, k1) = split.q[member], split.kv[member]
         its_q, its_kv = per_head * (q1 - q0), per_kv_head * (k1 - k0)
         if direction == "forward":
-            before += [("q", peer, its_q), ("kv", peer, its_kv)]
-            after += [("out", peer, my_q)]
+            before += [("q", peer, its_q, chunks), ("kv", peer, its_kv, keys)]
+            after += [("out", peer, my_q, chunks)]
         else:
-            before += [("dout", peer, its_q)]
-            after += [("dq", peer, my_q), ("dkv", peer, my_kv)]
+            before += [("dout", peer, its_q, chunks)]
+            after += [("dq", peer, my_q, chunks), ("dkv", peer, my_kv, keys)]
     return (
-        CostedStep((), tuple(Send(kind, peer, count, 0) for kind, peer, count in before if count)),
-        CostedStep((), tuple(Send(kind, peer, count, after_step) for kind, peer, count in after if count)),
+        CostedStep((), tuple(Send(kind, peer, count, 0, tensors) for kind, peer, count, tensors in before if count)),
+        CostedStep((), tuple(Send(kind, peer, count, after_step, tensors) for kind, peer, count, tensors in after if count)),
     )

@@ -1,10 +1,11 @@
 """The simulator: a strategy's steps on a cluster become a timeline.
 
 Each rank walks through its steps as the executor does. At the start of a step its sends and receives are posted and its kernel
-calls begin; the step ends when the calls are done and every transfer that is due in it has arrived. A transfer moves once both
-sides have posted it and the link's latency has passed; all that one rank sends to another from the same step to the same step
-is one message. Messages share ports, cards and cores as lctrain.parallel.sharing says. Not modelled, beyond what measured calls
-and messages contain: packing of messages, adding up of partial results, and what communication takes from a GPU's own units.
+calls begin; the step ends when the calls are done and every transfer that is due in it has arrived. Where the host looks after
+tensors itself, each of them takes a fixed time on top of the calls. A transfer moves once both sides have posted it and the
+link's latency has passed; all that one rank sends to another from the same step to the same step is one message. Messages
+share ports, cards and cores as lctrain.parallel.sharing says. Not modelled, beyond what measured calls and messages contain:
+adding up of partial results, and what communication takes from a GPU's own units.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ class Cluster:
 
 
 class Computed(NamedTuple):
-    """A rank's kernel calls of one step, in seconds from the start."""
+    """A rank's kernel calls of one step, with the step's fixed costs, in seconds from the start."""
 
     rank: int
     step: int
@@ -106,10 +107,23 @@ def simulate(
 ) -> Timeline:
     """One direction of one attention layer; all ranks start together."""
     steps = costed_steps(strategy, layout, mask, shape, direction)
-    seconds = [
-        [sum(cluster.device.seconds(call, direction, shape.head_dim) for call in step.calls) for step in rank] for rank in steps
-    ]
-    return Simulation(steps, seconds, cluster.topology).run()
+    return Simulation(steps, busy_seconds(steps, shape, direction, cluster), cluster.topology).run()
+
+
+def busy_seconds(
+    steps: Sequence[Sequence[CostedStep]], shape: AttentionShape, direction: Direction, cluster: Cluster
+) -> list[list[float]]:
+    """Per rank and step, what keeps the rank busy: its kernel calls, and the fixed costs of tensors and of the whole pass."""
+    device = cluster.device
+    seconds = [[sum(device.seconds(call, direction, shape.head_dim) for call in step.calls) for step in own] for own in steps]
+    for rank, own in enumerate(steps):
+        if own:
+            seconds[rank][0] += device.pass_s
+        for index, step in enumerate(own):
+            for send in step.sends:
+                for end in (rank, send.peer):
+                    seconds[end][index] += send.tensors * cluster.topology.cpu_s_per_message
+    return seconds
 
 
 def layer_seconds(
@@ -136,7 +150,7 @@ class _Message:
 
 
 class Simulation:
-    """All ranks' walk through their steps; `seconds`: per rank and step, those of its kernel calls."""
+    """All ranks' walk through their steps; `seconds`: per rank and step, for how long it is busy."""
 
     def __init__(self, steps: Sequence[Sequence[CostedStep]], seconds: Sequence[Sequence[float]], topology: Topology) -> None:
         self.time, self.machine = SharedTime(), Machine(topology, len(steps))

@@ -109,15 +109,16 @@ def measure(
     q, k, v = (x.detach().requires_grad_() for x in inputs[:3])
     forget_peak()
     before = resident_mib()
-    out, forward = _timed(lambda: attend(q, k, v), meet)
+    out, forward = timed(lambda: attend(q, k, v), meet)
     sent_forward = Counter(counts)
-    backward = _timed(lambda: out.backward(inputs[3]), meet)[1] if has_backward else None
+    backward = timed(lambda: out.backward(inputs[3]), meet)[1] if has_backward else None
     memory = peak_resident_mib() - before
     results = Gradients(out.detach(), q.grad, k.grad, v.grad) if want_results else None
     return Pass(forward, backward, memory, {"forward": sent_forward, "backward": counts - sent_forward}, results)
 
 
-def _timed(action: Callable[[], T], meet: Callable[[], object]) -> tuple[T, Timing]:
+def timed(action: Callable[[], T], meet: Callable[[], object]) -> tuple[T, Timing]:
+    """What an action returns, and what it takes from one meeting of all ranks to the next."""
     meet()
     wall, cpu = time.perf_counter(), time.process_time()
     result = action()

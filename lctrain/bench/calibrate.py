@@ -1,5 +1,5 @@
-"""Measuring this machine for the simulator: the attention kernel on one core, gloo between two processes, and how much of the
-cores other programs leave us.
+"""Measuring this machine for the simulator: the attention kernel on one core, what a call, a pass and a tensor take however
+small they are, gloo between two processes, and how much of the cores other programs leave us.
 
 Kernel and transfers are measured in CPU time, which other programs change little; the simulator then shares out the cores.
 """
@@ -20,28 +20,39 @@ from lctrain.kernels.attention import fused
 from lctrain.kernels.attention.band import Band
 from lctrain.kernels.attention.merge import merge_
 from lctrain.launch.ranks import RankPool
-from lctrain.parallel.cost import PRODUCTS
+from lctrain.parallel.attention import sequence_parallel_attention
+from lctrain.parallel.cost import PRODUCTS, costed_steps
 from lctrain.parallel.device import Device, Rates
+from lctrain.parallel.group import RankGroup
+from lctrain.parallel.layout import SequenceLayout
+from lctrain.parallel.mask import AttentionMask
 from lctrain.parallel.payload import AttentionShape
+from lctrain.parallel.strategy import Strategy
 from lctrain.parallel.topology import Link, Topology
 
-SIZES = (256, 1024, 4096)
+SIZES = (64, 256, 1024, 4096)
 """Rows and columns of measured rectangles, and sides of measured causal squares."""
 HEADS = 2
 REPEATS = 5
 MESSAGE = 32 << 20
 """Bytes of a message whose bandwidth is measured."""
+FEW, MANY = 2, 18
+"""Documents of one token whose attention tells what a call takes, and what the rest."""
+PASSES = 40
+"""Passes over them."""
 HALF_DUPLEX = 0.75
 """Below this ratio of two-way to one-way bandwidth (of each direction) a link counts as half duplex."""
 
 
 class Network(NamedTuple):
-    """gloo between two processes. bytes/s one way, and of each direction both ways; seconds; core-seconds per byte and end."""
+    """gloo between processes. bytes/s one way, and of each direction both ways; seconds; core-seconds per end, of a byte and of
+    a tensor."""
 
     one_way: float
     two_way: float
     latency: float
     cpu_s_per_byte: float
+    cpu_s_per_message: float = 0.0
 
 
 def core_fraction(pool: RankPool, seconds: float = 0.15) -> float:
@@ -53,7 +64,8 @@ def topology(network: Network, cores: float) -> Topology:
     """This machine as one node for any number of ranks."""
     half = network.two_way < HALF_DUPLEX * network.one_way
     link = Link(network.one_way, network.latency, "half" if half else "full")
-    return Topology(1 << 30, link, link, cpu_s_per_byte=network.cpu_s_per_byte, cores=cores)
+    costs = network.cpu_s_per_byte, network.cpu_s_per_message
+    return Topology(1 << 30, link, link, cpu_s_per_byte=costs[0], cores=cores, cpu_s_per_message=costs[1])
 
 
 def measure_device(pool: RankPool, shape: AttentionShape) -> Device:
@@ -77,7 +89,22 @@ def measure_device(pool: RankPool, shape: AttentionShape) -> Device:
             lines = tuple(tuple(rates[at : at + width]) for at in range(0, len(rates), width))
             tables.append(Rates(SIZES, SIZES if width > 1 else (1,), lines))
     forward, causal_forward, backward, causal_backward = tables
-    return Device(forward, backward, causal_forward, causal_backward, call_s=sum(smallest) / 2)
+    few, many = (fmean(pool.run(_documents_seconds, shape, count)) for count in (FEW, MANY))
+    call = (many - few) / (MANY - FEW) / 2
+    return Device(forward, backward, causal_forward, causal_backward, max(0.0, call), max(0.0, few / 2 - FEW * call))
+
+
+def measure_message(pool: RankPool, shape: AttentionShape, device: Device) -> float:
+    """Core-seconds that an end spends on a tensor: what a ring over one token per chunk takes beyond its calls and passes."""
+    if pool.world_size == 1:
+        return 0.0
+    tokens = 2 * pool.world_size
+    problem = Strategy("ring"), SequenceLayout("zigzag", pool.world_size, tokens), AttentionMask.dense(tokens)
+    steps = [step for way in ("forward", "backward") for rank in costed_steps(*problem, shape, way) for step in rank]
+    calls = sum(len(step.calls) for step in steps)
+    ends = 2 * sum(send.tensors for step in steps for send in step.sends)
+    known = calls * device.call_s + 2 * pool.world_size * device.pass_s
+    return max(0.0, sum(pool.run(_pass_seconds, shape, *problem)) - known) / ends
 
 
 def measure_network(pool: RankPool) -> Network:
@@ -105,12 +132,45 @@ def _band(rows: int, columns: int, causal: bool) -> Band:
 def _kernel_seconds(
     rank: int, world_size: int, shape: AttentionShape, calls: list[tuple[int, int, bool]]
 ) -> list[tuple[float, float]]:
-    """CPU seconds of every call in both directions, with what the executor does to add its results up."""
+    """CPU seconds of every call in both directions."""
     dist.barrier()
     return [_call_seconds(shape, *call) for call in calls]
 
 
+def _documents_seconds(rank: int, world_size: int, shape: AttentionShape, count: int) -> float:
+    """CPU seconds of forward and backward over documents of one token each, which no other rank has anything to do with."""
+    dist.barrier()
+    layout, mask = SequenceLayout("contiguous", 1, count), AttentionMask((tuple(range(count + 1)),), causal=True, window=None)
+    return _passes(shape, layout, mask, RankGroup(), Strategy())
+
+
+def _pass_seconds(
+    rank: int, world_size: int, shape: AttentionShape, strategy: Strategy, layout: SequenceLayout, mask: AttentionMask
+) -> float:
+    """CPU seconds that this rank spends on forward and backward."""
+    dist.barrier()
+    return _passes(shape, layout, mask, RankGroup(dist.group.WORLD), strategy)
+
+
+def _passes(shape: AttentionShape, layout: SequenceLayout, mask: AttentionMask, group: RankGroup, strategy: Strategy) -> float:
+    """CPU seconds of one of many passes. A mean: the kernel counts the time of sleeping threads in coarse steps."""
+    heads = (shape.n_heads, shape.n_kv_heads, shape.n_kv_heads, shape.n_heads)
+    *inputs, dout = (torch.randn(shape.batch, layout.local_length, n, shape.head_dim).to(shape.dtype) for n in heads)
+    q, k, v = (x.requires_grad_() for x in inputs)
+
+    def one() -> None:
+        out, _ = sequence_parallel_attention(q, k, v, layout=layout, mask=mask, group=group, strategy=strategy, need_lse=False)
+        out.backward(dout)
+
+    one()
+    began = time.process_time()
+    for _ in range(PASSES):
+        one()
+    return (time.process_time() - began) / PASSES
+
+
 def _call_seconds(shape: AttentionShape, rows: int, columns: int, causal: bool) -> tuple[float, float]:
+    """As the executor does it: in its portions of heads, with what it does to add the results up."""
     scale, band = 1 / math.sqrt(shape.head_dim), _band(rows, columns, causal)
     q, dout = (torch.randn(1, rows, HEADS, shape.head_dim).to(shape.dtype) for _ in range(2))
     k, v = (torch.randn(1, columns, HEADS, shape.head_dim).to(shape.dtype) for _ in range(2))
@@ -118,12 +178,22 @@ def _call_seconds(shape: AttentionShape, rows: int, columns: int, causal: bool) 
     total_lse = total.new_full((1, HEADS, rows), float("-inf"))
     into = [torch.zeros_like(x, dtype=total.dtype) for x in (q, k, v)]
 
+    portions = fused.portions(q, k, band)
+
     def forward() -> None:
-        out, lse, _ = fused.forward(q, k, v, band, scale)
-        merge_(total, total_lse, out, lse)
+        for own, their in portions:
+            out, lse, _ = fused.forward(q[:, :, own], k[:, :, their], v[:, :, their], band, scale, partial=True)
+            merge_(total[:, :, own], total_lse[:, own], out, lse)
 
     out, lse, _ = fused.forward(q, k, v, band, scale)
-    return _cpu(forward), _cpu(lambda: fused.backward_(dout, q, k, v, out.to(q.dtype), lse, band, scale, into))
+    out = out.to(q.dtype)
+
+    def backward() -> None:
+        for own, their in portions:
+            inputs = dout[:, :, own], q[:, :, own], k[:, :, their], v[:, :, their], out[:, :, own], lse[:, own]
+            fused.backward_(*inputs, band, scale, (into[0][:, :, own], into[1][:, :, their], into[2][:, :, their]))
+
+    return _cpu(forward), _cpu(backward)
 
 
 def _cpu(action: Callable[[], object]) -> float:

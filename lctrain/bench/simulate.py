@@ -9,9 +9,9 @@ from contextlib import closing
 from statistics import median
 from typing import Any, NamedTuple
 
-from lctrain.bench.attention_problem import Pass, Problem
-from lctrain.bench.attention_rank import run_rank
-from lctrain.bench.calibrate import Network, core_fraction, measure_device, measure_network, topology
+from lctrain.bench.attention_problem import Problem, Timing
+from lctrain.bench.attention_rank import time_rank
+from lctrain.bench.calibrate import Network, core_fraction, measure_device, measure_message, measure_network, topology
 from lctrain.bench.report import check_output, introduce_machine, store
 from lctrain.config.simulate import SimulateBenchConfig
 from lctrain.console import progress, say, table
@@ -19,7 +19,7 @@ from lctrain.launch.ranks import RankPool
 from lctrain.parallel.cost import costed_steps
 from lctrain.parallel.device import Device
 from lctrain.parallel.schedule import Direction
-from lctrain.parallel.simulator import Cluster, layer_seconds
+from lctrain.parallel.simulator import Cluster, busy_seconds, layer_seconds
 from lctrain.parallel.strategy import Strategy
 
 TIMEOUT_S = 3600.0
@@ -43,13 +43,14 @@ def bench_simulate(config: SimulateBenchConfig) -> int:
     shape = Problem.of(config, config.seq[0]).shape
     with closing(RankPool(2)) as pool:
         network = measure_network(pool)
-    devices = dict[int, Device]()
+    machines = dict[int, tuple[Device, Network]]()
     for cp in config.cp:
         with closing(RankPool(cp)) as pool, progress(f"attention kernel, {cp} ranks at once", 1) as advance:
-            devices[cp] = measure_device(pool, shape)
+            device = measure_device(pool, shape)
+            machines[cp] = device, network._replace(cpu_s_per_message=measure_message(pool, shape, device))
             advance(1)
-    _print_machine(devices, network)
-    results = [row for seq in config.seq for cp in config.cp for row in _measure(config, seq, cp, devices[cp], network)]
+    _print_machine(machines)
+    results = [row for seq in config.seq for cp in config.cp for row in _measure(config, seq, cp, *machines[cp])]
     print_results(results)
     store(config, "simulate", machine, results)
     return 0
@@ -63,10 +64,10 @@ def _measure(config: SimulateBenchConfig, seq: int, cp: int, device: Device, net
         for turn in range(config.repeats + 1):
             before = core_fraction(pool)
             for strategy in strategies:
-                ranks: list[Pass] = pool.run(run_rank, problem, strategy, False, timeout_s=TIMEOUT_S)
+                ranks: list[tuple[Timing, Timing]] = pool.run(time_rank, problem, strategy, timeout_s=TIMEOUT_S)
                 after = core_fraction(pool)
-                wall = sum(max(getattr(rank, way).wall for rank in ranks) for way in DIRECTIONS)
-                cpu = sum(getattr(rank, way).cpu for rank in ranks for way in DIRECTIONS)
+                wall = sum(max(timing.wall for timing in way) for way in zip(*ranks, strict=True))
+                cpu = sum(timing.cpu for rank in ranks for timing in rank)
                 if turn:  # the first pass pays for whatever happens only once
                     samples[strategy].append(Sample((before + after) / 2, wall, cpu))
                 before = after
@@ -84,13 +85,15 @@ def _compare(
     every single pass and a simulation with the `usual` share."""
     case = strategy, problem.layout(cp), problem.mask, problem.shape
     cores = len(os.sched_getaffinity(0))
-    *simulated, alike = (
-        layer_seconds(*case, Cluster("this machine", device, topology(network, cores * fraction)))
+    *clusters, usually = (
+        Cluster("this machine", device, topology(network, cores * fraction))
         for fraction in (*(sample.fraction for sample in samples), usual)
     )
-    steps = [(way, step) for way in DIRECTIONS for rank in costed_steps(*case, way) for step in rank]
-    compute = sum(device.seconds(call, way, problem.shape.head_dim) for way, step in steps for call in step.calls)
-    cpu = compute + sum(2 * network.cpu_s_per_byte * send.bytes for _, step in steps for send in step.sends)
+    simulated = [layer_seconds(*case, cluster) for cluster in clusters]
+    ways = [(costed_steps(*case, way), way) for way in DIRECTIONS]
+    busy = sum(sum(map(sum, busy_seconds(steps, problem.shape, way, usually))) for steps, way in ways)
+    sent = sum(send.bytes for steps, _ in ways for rank in steps for step in rank for send in step.sends)
+    cpu = busy + 2 * network.cpu_s_per_byte * sent
     measured_cpu = median(sample.cpu for sample in samples)
     return {
         "core_fraction": median(sample.fraction for sample in samples),
@@ -100,15 +103,16 @@ def _compare(
         "simulated_cpu_s": cpu,
         "measured_cpu_s": measured_cpu,
         "cpu_error": cpu / measured_cpu - 1,
-        "simulated_alike_s": alike,
+        "simulated_alike_s": layer_seconds(*case, usually),
         "passes_s": [sample.wall for sample in samples],
     }
 
 
-def _print_machine(devices: dict[int, Device], network: Network) -> None:
-    sizes = next(iter(devices.values())).forward.rows
+def _print_machine(machines: dict[int, tuple[Device, Network]]) -> None:
+    device, network = next(iter(machines.values()))
+    sizes = device.forward.rows
     rows = []
-    for cp, device in devices.items():
+    for cp, (device, _) in machines.items():
         for way in DIRECTIONS:
             full, causal = getattr(device, way), getattr(device, f"causal_{way}")
             rates = [*(full.flops[i][i] for i in range(len(sizes))), *(line[0] for line in causal.flops)]
@@ -117,8 +121,13 @@ def _print_machine(devices: dict[int, Device], network: Network) -> None:
     table(columns, rows, title="GFLOP/s of a core, by CPU time, all ranks at once", align="rl" + "r" * 2 * len(sizes))
     say(
         f"gloo: {network.one_way / 1e9:.2f} GB/s one way, {network.two_way / 1e9:.2f} per direction both ways,"
-        f" {network.latency * 1e6:.0f} us, {network.cpu_s_per_byte * 1e9:.2f} core-seconds per GB at each end\n"
+        f" {network.latency * 1e6:.0f} us, {network.cpu_s_per_byte * 1e9:.2f} core-seconds per GB at each end"
     )
+    for cp, (device, network) in machines.items():
+        times = (device.call_s, device.pass_s, network.cpu_s_per_message)
+        call, one_pass, message = (f"{seconds * 1e6:.0f}" for seconds in times)
+        say(f"{cp} ranks: a call takes {call} us besides, a pass {one_pass}, a tensor {message} at each end")
+    say("")
 
 
 def print_results(results: Sequence[dict[str, Any]]) -> None:

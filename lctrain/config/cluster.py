@@ -76,6 +76,8 @@ class KernelConfig(Strict):
     """Backward, causal, by the side of the square."""
     call_us: NonNegativeFloat
     """Microseconds that any call takes besides."""
+    pass_us: NonNegativeFloat = 0.0
+    """Microseconds that one direction of a layer takes besides, however many calls it makes; 0 where the host works ahead."""
 
 
 class ClusterConfig(Strict):
@@ -95,6 +97,8 @@ class ClusterConfig(Strict):
     """Network cards of a node, shared out evenly to its devices."""
     cpu_s_per_gb: NonNegativeFloat = 0.0
     """Core-seconds that each end of a transfer spends on 1e9 bytes; 0 where network cards and copy engines do it."""
+    cpu_us_per_message: NonNegativeFloat = 0.0
+    """Microseconds for which each end's computation stops for a tensor of any size; 0 where the host works ahead."""
     cores: PositiveFloat | None = None
     """Cores of a node that computing and communicating share, if cpu_s_per_gb is not 0; null: one for each of its ranks."""
 
@@ -107,7 +111,8 @@ class ClusterConfig(Strict):
         kernel = self.kernel
         full, causal = (kernel.forward, kernel.backward), (kernel.causal_forward, kernel.causal_backward)
         forward, backward, causal_forward, causal_backward = (rates.build() for rates in (*full, *causal))
-        device = Device(forward, backward, causal_forward, causal_backward, kernel.call_us * 1e-6)
-        links = self.inside.build(), self.between.build()
-        topology = Topology(self.ranks_per_node, *links, self.cards, self.cpu_s_per_gb * 1e-9, self.cores)
+        device = Device(forward, backward, causal_forward, causal_backward, kernel.call_us * 1e-6, kernel.pass_us * 1e-6)
+        inside, between = self.inside.build(), self.between.build()
+        per_byte, per_message = self.cpu_s_per_gb * 1e-9, self.cpu_us_per_message * 1e-6
+        topology = Topology(self.ranks_per_node, inside, between, self.cards, per_byte, self.cores, per_message)
         return Cluster(self.name, device, topology)

@@ -1,4 +1,4 @@
-"""Cost: bytes are those that ranks really send, work is the mask's."""
+"""Cost: bytes and tensors are those that ranks really send, work is the mask's."""
 
 from __future__ import annotations
 
@@ -51,6 +51,22 @@ def random_case(draw: random.Random, name: str, world: int):
 
 def send_and_count(rank: int, world_size: int, name: str, cases: int) -> None:
     draw = random.Random(f"{name} {world_size}")
+    tensors, start = [], dist.batch_isend_irecv
+
+    def counted(operations: list[dist.P2POp]) -> list[dist.Work]:
+        tensors.extend(one.tensor for one in operations if one.op is dist.isend)
+        return start(operations)
+
+    dist.batch_isend_irecv = counted
+    try:
+        _compare_counts(rank, world_size, name, cases, draw, tensors)
+    finally:
+        dist.batch_isend_irecv = start
+
+
+def _compare_counts(
+    rank: int, world_size: int, name: str, cases: int, draw: random.Random, tensors: list[torch.Tensor]
+) -> None:
     for _ in range(cases):
         case = strategy, layout, mask, shape = random_case(draw, name, world_size)
         sizes = (shape.n_heads, shape.n_kv_heads, shape.n_kv_heads)
@@ -58,17 +74,20 @@ def send_and_count(rank: int, world_size: int, name: str, cases: int) -> None:
             torch.ones(shape.batch, layout.local_length, n, shape.head_dim, dtype=shape.dtype, requires_grad=True)
             for n in sizes
         )
+        tensors.clear()
         group = RankGroup(dist.group.WORLD if world_size > 1 else None)
         out, _ = sequence_parallel_attention(q, k, v, layout=layout, mask=mask, group=group, strategy=strategy, need_lse=False)
         forward = Counter(group.sent)
         out.backward(torch.ones_like(out))
         assert forward == traffic(*case, "forward", rank), case
         assert group.sent - forward == traffic(*case, "backward", rank), case
+        steps = (step for way in ("forward", "backward") for step in costed_steps(*case, way)[rank])
+        assert len(tensors) == sum(send.tensors for step in steps for send in step.sends), case
 
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4])
-def test_bytes_are_those_that_were_sent(name: str, world_size: int) -> None:
+def test_bytes_and_tensors_are_those_that_were_sent(name: str, world_size: int) -> None:
     run_ranks(send_and_count, world_size, name, 8)
 
 

@@ -103,6 +103,20 @@ def test_moving_bytes_takes_cores_from_computing_where_they_are_short():
     assert run(steps, seconds, dataclasses.replace(short, cores=4.0)).seconds == pytest.approx(1.0)
 
 
+def test_every_tensor_stops_both_ends_and_every_pass_and_call_its_rank():
+    layout, mask = SequenceLayout("contiguous", 2, 4), AttentionMask.dense(4)
+    problem = Strategy("ring"), layout, mask, AttentionShape(1, 1, 1, 2, torch.float32), "backward"
+    rates = [flat(FOREVER)] * 4
+    steps = costed_steps(*problem)
+    sends = [(rank, i, send.peer, send.tensors) for rank in (0, 1) for i, step in enumerate(steps[rank]) for send in step.sends]
+    calls = [sum(len(step.calls) for step in rank) for rank in steps]
+    ends = [sum(n for source, _, peer, n in sends if rank in (source, peer)) for rank in (0, 1)]
+    assert sends == [(0, 0, 1, 1), (1, 2, 0, 1)]  # keys and values downwards, their gradients home
+    cluster = Cluster("", Device(*rates, call_s=1.0, pass_s=10.0), one_node(FOREVER, cpu_s_per_message=100.0))
+    compute = [rank.compute for rank in simulate(*problem, cluster).ranks()]
+    assert compute == pytest.approx([count + 10.0 + 100.0 * end for count, end in zip(calls, ends, strict=True)])
+
+
 def test_zigzag_ring_of_two_by_hand():
     layout, mask = SequenceLayout("zigzag", 2, 8), AttentionMask.dense(8)
     shape = AttentionShape(1, 1, 1, 2, torch.float32)
