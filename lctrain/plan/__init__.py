@@ -1,0 +1,1 @@
+"""`lctrain plan`: what a run will cost, before it runs."""
