@@ -33,7 +33,8 @@ class Rates:
 class Device:
     """Rates on live entries, of full rectangles and of causal squares' halves, in both directions.
 
-    call_s: fixed seconds of a call. pass_s: of one direction of a layer, however many calls it makes.
+    call_s: fixed seconds of a call. pass_s: of one direction of a layer, however many calls it makes. pass_s_per_byte: seconds
+    of one direction for every byte of a rank's queries: making room for results, adding up, converting.
     """
 
     forward: Rates
@@ -42,6 +43,7 @@ class Device:
     causal_backward: Rates
     call_s: float
     pass_s: float = 0.0
+    pass_s_per_byte: float = 0.0
 
     def seconds(self, call: Call, direction: Direction, head_dim: int) -> float:
         """Time of one kernel call. A band with dead corners counts as half a causal square with as many live entries a row."""

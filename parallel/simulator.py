@@ -4,8 +4,7 @@ Each rank walks through its steps as the executor does. At the start of a step i
 calls begin; the step ends when the calls are done and every transfer that is due in it has arrived. Where the host looks after
 tensors itself, each of them takes a fixed time on top of the calls. A transfer moves once both sides have posted it and the
 link's latency has passed; all that one rank sends to another from the same step to the same step is one message. Messages
-share ports, cards and cores as lctrain.parallel.sharing says. Not modelled, beyond what measured calls and messages contain:
-adding up of partial results, and what communication takes from a GPU's own units.
+share ports, cards and cores as lctrain.parallel.sharing says. Not modelled: what communication takes from a GPU's own units.
 """
 
 from __future__ import annotations
@@ -107,18 +106,19 @@ def simulate(
 ) -> Timeline:
     """One direction of one attention layer; all ranks start together."""
     steps = costed_steps(strategy, layout, mask, shape, direction)
-    return Simulation(steps, busy_seconds(steps, shape, direction, cluster), cluster.topology).run()
+    return Simulation(steps, busy_seconds(steps, layout, shape, direction, cluster), cluster.topology).run()
 
 
 def busy_seconds(
-    steps: Sequence[Sequence[CostedStep]], shape: AttentionShape, direction: Direction, cluster: Cluster
+    steps: Sequence[Sequence[CostedStep]], layout: SequenceLayout, shape: AttentionShape, direction: Direction, cluster: Cluster
 ) -> list[list[float]]:
-    """Per rank and step, what keeps the rank busy: its kernel calls, and the fixed costs of tensors and of the whole pass."""
+    """Per rank and step, what keeps the rank busy: its kernel calls, its tensors, and the pass as a whole."""
     device = cluster.device
+    queries = layout.local_length * shape.batch * shape.n_heads * shape.head_dim * shape.dtype.itemsize
     seconds = [[sum(device.seconds(call, direction, shape.head_dim) for call in step.calls) for step in own] for own in steps]
     for rank, own in enumerate(steps):
         if own:
-            seconds[rank][0] += device.pass_s
+            seconds[rank][0] += device.pass_s + device.pass_s_per_byte * queries
         for index, step in enumerate(own):
             for send in step.sends:
                 for end in (rank, send.peer):

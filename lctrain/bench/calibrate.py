@@ -30,7 +30,7 @@ from lctrain.parallel.payload import AttentionShape
 from lctrain.parallel.strategy import Strategy
 from lctrain.parallel.topology import Link, Topology
 
-SIZES = (64, 256, 1024, 4096)
+SIZES = (128, 512, 2048, 4096)
 """Rows and columns of measured rectangles, and sides of measured causal squares."""
 HEADS = 2
 REPEATS = 5
@@ -38,8 +38,10 @@ MESSAGE = 32 << 20
 """Bytes of a message whose bandwidth is measured."""
 FEW, MANY = 2, 18
 """Documents of one token whose attention tells what a call takes, and what the rest."""
-PASSES = 40
-"""Passes over them."""
+PADDING = 2048
+"""Tokens of padding behind them that tell what a pass takes for what is not computed."""
+PASSES = 8
+"""Passes in a row over them."""
 HALF_DUPLEX = 0.75
 """Below this ratio of two-way to one-way bandwidth (of each direction) a link counts as half duplex."""
 
@@ -89,9 +91,13 @@ def measure_device(pool: RankPool, shape: AttentionShape) -> Device:
             lines = tuple(tuple(rates[at : at + width]) for at in range(0, len(rates), width))
             tables.append(Rates(SIZES, SIZES if width > 1 else (1,), lines))
     forward, causal_forward, backward, causal_backward = tables
-    few, many = (fmean(pool.run(_documents_seconds, shape, count)) for count in (FEW, MANY))
-    call = (many - few) / (MANY - FEW) / 2
-    return Device(forward, backward, causal_forward, causal_backward, max(0.0, call), max(0.0, few / 2 - FEW * call))
+    few, many, padded = (
+        fmean(pool.run(_documents_seconds, shape, *case)) / 2 for case in ((FEW, FEW), (MANY, MANY), (FEW, PADDING))
+    )
+    call = max(0.0, (many - few) / (MANY - FEW))
+    queries = (PADDING - FEW) * shape.batch * shape.n_heads * shape.head_dim * shape.dtype.itemsize
+    fixed = call, max(0.0, few - FEW * call), max(0.0, padded - few) / queries
+    return Device(forward, backward, causal_forward, causal_backward, *fixed)
 
 
 def measure_message(pool: RankPool, shape: AttentionShape, device: Device) -> float:
@@ -103,7 +109,7 @@ def measure_message(pool: RankPool, shape: AttentionShape, device: Device) -> fl
     steps = [step for way in ("forward", "backward") for rank in costed_steps(*problem, shape, way) for step in rank]
     calls = sum(len(step.calls) for step in steps)
     ends = 2 * sum(send.tensors for step in steps for send in step.sends)
-    known = calls * device.call_s + 2 * pool.world_size * device.pass_s
+    known = calls * device.call_s + 2 * pool.world_size * device.pass_s  # the queries' bytes are too few to count
     return max(0.0, sum(pool.run(_pass_seconds, shape, *problem)) - known) / ends
 
 
@@ -137,11 +143,11 @@ def _kernel_seconds(
     return [_call_seconds(shape, *call) for call in calls]
 
 
-def _documents_seconds(rank: int, world_size: int, shape: AttentionShape, count: int) -> float:
-    """CPU seconds of forward and backward over documents of one token each, which no other rank has anything to do with."""
+def _documents_seconds(rank: int, world_size: int, shape: AttentionShape, count: int, length: int) -> float:
+    """CPU seconds of forward and backward over documents of one token each and padding; other ranks have no part in it."""
     dist.barrier()
-    layout, mask = SequenceLayout("contiguous", 1, count), AttentionMask((tuple(range(count + 1)),), causal=True, window=None)
-    return _passes(shape, layout, mask, RankGroup(), Strategy())
+    mask = AttentionMask((tuple(range(count + 1)),), causal=True, window=None)
+    return _passes(shape, SequenceLayout("contiguous", 1, length), mask, RankGroup(), Strategy())
 
 
 def _pass_seconds(
@@ -153,7 +159,7 @@ def _pass_seconds(
 
 
 def _passes(shape: AttentionShape, layout: SequenceLayout, mask: AttentionMask, group: RankGroup, strategy: Strategy) -> float:
-    """CPU seconds of one of many passes. A mean: the kernel counts the time of sleeping threads in coarse steps."""
+    """CPU seconds of a pass. Of several in a row, as the kernel counts the time of sleeping threads in coarse steps."""
     heads = (shape.n_heads, shape.n_kv_heads, shape.n_kv_heads, shape.n_heads)
     *inputs, dout = (torch.randn(shape.batch, layout.local_length, n, shape.head_dim).to(shape.dtype) for n in heads)
     q, k, v = (x.requires_grad_() for x in inputs)
@@ -162,11 +168,11 @@ def _passes(shape: AttentionShape, layout: SequenceLayout, mask: AttentionMask, 
         out, _ = sequence_parallel_attention(q, k, v, layout=layout, mask=mask, group=group, strategy=strategy, need_lse=False)
         out.backward(dout)
 
-    one()
-    began = time.process_time()
-    for _ in range(PASSES):
-        one()
-    return (time.process_time() - began) / PASSES
+    def some() -> None:
+        for _ in range(PASSES):
+            one()
+
+    return _cpu(some) / PASSES
 
 
 def _call_seconds(shape: AttentionShape, rows: int, columns: int, causal: bool) -> tuple[float, float]:

@@ -91,7 +91,7 @@ def _compare(
     )
     simulated = [layer_seconds(*case, cluster) for cluster in clusters]
     ways = [(costed_steps(*case, way), way) for way in DIRECTIONS]
-    busy = sum(sum(map(sum, busy_seconds(steps, problem.shape, way, usually))) for steps, way in ways)
+    busy = sum(sum(map(sum, busy_seconds(steps, problem.layout(cp), problem.shape, way, usually))) for steps, way in ways)
     sent = sum(send.bytes for steps, _ in ways for rank in steps for step in rank for send in step.sends)
     cpu = busy + 2 * network.cpu_s_per_byte * sent
     measured_cpu = median(sample.cpu for sample in samples)
@@ -126,7 +126,8 @@ def _print_machine(machines: dict[int, tuple[Device, Network]]) -> None:
     for cp, (device, network) in machines.items():
         times = (device.call_s, device.pass_s, network.cpu_s_per_message)
         call, one_pass, message = (f"{seconds * 1e6:.0f}" for seconds in times)
-        say(f"{cp} ranks: a call takes {call} us besides, a pass {one_pass}, a tensor {message} at each end")
+        per_byte = f"{device.pass_s_per_byte * 1e9:.1f} s per GB of queries"
+        say(f"{cp} ranks: a call takes {call} us besides, a pass {one_pass} and {per_byte}, a tensor {message} at each end")
     say("")
 
 

@@ -78,6 +78,8 @@ class KernelConfig(Strict):
     """Microseconds that any call takes besides."""
     pass_us: NonNegativeFloat = 0.0
     """Microseconds that one direction of a layer takes besides, however many calls it makes; 0 where the host works ahead."""
+    pass_s_per_gb: NonNegativeFloat = 0.0
+    """Seconds that one direction takes besides for 1e9 bytes of a device's queries: making room, adding up, converting."""
 
 
 class ClusterConfig(Strict):
@@ -111,7 +113,8 @@ class ClusterConfig(Strict):
         kernel = self.kernel
         full, causal = (kernel.forward, kernel.backward), (kernel.causal_forward, kernel.causal_backward)
         forward, backward, causal_forward, causal_backward = (rates.build() for rates in (*full, *causal))
-        device = Device(forward, backward, causal_forward, causal_backward, kernel.call_us * 1e-6, kernel.pass_us * 1e-6)
+        fixed = kernel.call_us * 1e-6, kernel.pass_us * 1e-6, kernel.pass_s_per_gb * 1e-9
+        device = Device(forward, backward, causal_forward, causal_backward, *fixed)
         inside, between = self.inside.build(), self.between.build()
         per_byte, per_message = self.cpu_s_per_gb * 1e-9, self.cpu_us_per_message * 1e-6
         topology = Topology(self.ranks_per_node, inside, between, self.cards, per_byte, self.cores, per_message)

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 
 class Operation(NamedTuple):
-    """A kernel that runs `count` times: multiply-adds x 2 of its matrix products (0 without), bytes that it reads and writes.
+    """A kernel that runs `calls` times: multiply-adds x 2 of its matrix products (0 without), bytes that it reads and writes.
 
     The attention kernel is not among them: its time depends on the mask, which the simulator knows.
     """
@@ -15,7 +15,7 @@ class Operation(NamedTuple):
     name: str
     flops: int
     bytes: int
-    count: int
+    calls: int
 
 
 class Sent(NamedTuple):
@@ -46,7 +46,7 @@ class PassCost:
     @property
     def flops(self) -> int:
         """Of all matrix products but attention's."""
-        return sum(operation.flops * operation.count for operation in self.operations)
+        return sum(operation.flops * operation.calls for operation in self.operations)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -112,9 +112,11 @@ def test_every_tensor_stops_both_ends_and_every_pass_and_call_its_rank():
     calls = [sum(len(step.calls) for step in rank) for rank in steps]
     ends = [sum(n for source, _, peer, n in sends if rank in (source, peer)) for rank in (0, 1)]
     assert sends == [(0, 0, 1, 1), (1, 2, 0, 1)]  # keys and values downwards, their gradients home
-    cluster = Cluster("", Device(*rates, call_s=1.0, pass_s=10.0), one_node(FOREVER, cpu_s_per_message=100.0))
-    compute = [rank.compute for rank in simulate(*problem, cluster).ranks()]
-    assert compute == pytest.approx([count + 10.0 + 100.0 * end for count, end in zip(calls, ends, strict=True)])
+    costs = Device(*rates, call_s=1.0, pass_s=10.0, pass_s_per_byte=1000.0)
+    timeline = simulate(*problem, Cluster("", costs, one_node(FOREVER, cpu_s_per_message=100.0)))
+    queries = 2 * 2 * 4  # tokens of a rank, head size, bytes
+    expected = [count + 10.0 + 1000.0 * queries + 100.0 * end for count, end in zip(calls, ends, strict=True)]
+    assert [rank.compute for rank in timeline.ranks()] == pytest.approx(expected)
 
 
 def test_zigzag_ring_of_two_by_hand():
