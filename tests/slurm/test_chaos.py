@@ -110,7 +110,7 @@ class Disturber:
 
 
 def test_random_kills_under_slurm(power, new_run, capsys):
-    chaos = Chaos(10, ON_A_CLUSTER)
+    chaos = Chaos(30, ON_A_CLUSTER)
     whole = new_run(*chaos.settings)
     whole.complete_here()
     run = new_run(*chaos.settings)
