@@ -39,9 +39,9 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> tuple[float, str]:
     """
     if device.type == "cuda" and dtype == torch.bfloat16:
         name = torch.cuda.get_device_name(device)
-        for known, tera in sorted(_PUBLISHED_BF16.items(), key=lambda item: -len(item[0])):
-            if known in name:
-                return tera * 1e12, f"{name}, published"
+        published = published_flops(name)
+        if published is not None:
+            return published, f"{name}, published"
     together = dist.is_initialized() and dist.get_world_size() > 1
     if together:
         dist.barrier()
@@ -50,6 +50,14 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> tuple[float, str]:
         dist.all_reduce(rate)
         rate /= dist.get_world_size()
     return float(rate), "measured matrix product"
+
+
+def published_flops(name: str) -> float | None:
+    """Dense bf16 FLOP/s that the maker of the device of this name states, if known here."""
+    for known, tera in sorted(_PUBLISHED_BF16.items(), key=lambda item: -len(item[0])):
+        if known in name:
+            return tera * 1e12
+    return None
 
 
 def gemm_flops(device: torch.device, dtype: torch.dtype, size: int | None = None, seconds: float = 0.3) -> float:

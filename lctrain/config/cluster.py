@@ -1,4 +1,4 @@
-"""What a cluster can do, as far as the simulator needs to know: the group `cluster=`."""
+"""What a cluster can do, as far as simulator and plan need to know: the group `cluster=`."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field, model_validator
 
+from lctrain.config.device import DeviceConfig
 from lctrain.config.strict import NonNegativeFloat, Positive, PositiveFloat, Strict
 
 if TYPE_CHECKING:
@@ -27,6 +28,9 @@ class LinkConfig(Strict):
     """Whether both directions can be used at once."""
     message_gb_per_s: PositiveFloat | None = None
     """Most that a single message gets, however free the port; null: all of it."""
+    collective_gb_per_s: PositiveFloat | None = None
+    """What a rank sends in a second of a large collective (all-gather, reduce-scatter, all-reduce, all-to-all), where that is
+    less than the port allows; null: what it allows."""
 
     def build(self) -> Link:
         """In bytes and seconds."""
@@ -89,6 +93,8 @@ class ClusterConfig(Strict):
     """Name of the preset, for people."""
     kernel: KernelConfig
     """The devices' attention kernel."""
+    device: DeviceConfig | None = None
+    """All else that `lctrain plan` must know of a device; null: nothing, and it will ask."""
     ranks_per_node: Positive
     """Devices of a node."""
     inside: LinkConfig

@@ -7,6 +7,7 @@ import pytest
 from lctrain.attention_choice import preset
 from lctrain.config.load import load
 from lctrain.config.schema import TrainConfig
+from lctrain.devices import published_flops
 from lctrain.errors import UserError
 
 
@@ -56,3 +57,15 @@ def test_nonsense_is_refused(overrides, says):
     with pytest.raises(UserError) as refused:
         load(TrainConfig, "train", overrides)
     assert says in str(refused.value)
+
+
+@pytest.mark.parametrize("name", ["h200", "h100", "a100_pcie", "a10_pcie", "cpu_gloo"])
+def test_presets_know_their_device(name):
+    device = preset(name).device
+    assert device is not None
+    assert 1 < device.memory_gb < 1000
+    assert 1 < device.gb_per_s < 1e4
+    assert device.product_tflops.fp32 < device.product_tflops.bf16
+    if device.published is not None:
+        peak = published_flops(device.published)
+        assert peak is not None and 0.5 * peak < device.product_tflops.bf16 * 1e12 < peak
