@@ -110,11 +110,15 @@ class LanguageModel(nn.Module):
         trains = torch.is_grad_enabled()
         with self.watch.forward() if self.watch and trains else contextlib.nullcontext():
             for layer in self.layers:
-                if self.checkpointing and trains:
-                    x = checkpoint(layer, x, seq, use_reentrant=False, preserve_rng_state=False)
-                else:
-                    x = layer(x, seq)
+                x = self.through(layer, x, seq)
         return x
+
+    def through(self, layer: Sublayer, x: Tensor, seq: SequenceMeta) -> Tensor:
+        """One of the sublayers, [B, S, d_model] -> same shape."""
+        if self.checkpointing and torch.is_grad_enabled():
+            recomputed: Tensor = checkpoint(layer, x, seq, use_reentrant=False, preserve_rng_state=False)
+            return recomputed
+        return layer(x, seq)
 
     def normed(self, x: Tensor, seq: SequenceMeta) -> Tensor:
         """The last norm, [B, S, d_model] -> [B, T, d_model]."""

@@ -39,6 +39,11 @@ class Place:
         """Whether weight decay applies: matrices only."""
         return parameter.dim() >= 2 and self.family not in (Family.NORM, Family.STATE)
 
+    @property
+    def narrows(self) -> bool:
+        """Whether an engine that keeps bf16 weights beside fp32 ones may keep this one so."""
+        return self.family not in (Family.STATE, Family.ROUTER)
+
 
 def parameter_places(model: nn.Module) -> dict[str, Place]:
     """Full name of every parameter -> its Place, from the `places()` of its module; dense and uncut where that is silent."""

@@ -33,7 +33,7 @@ from lctrain.models.model import LanguageModel, LossSums
 from lctrain.models.moe.stats import balancers, forget_statistics, gather_statistics, update_biases
 from lctrain.models.parallel import ModelParallel
 from lctrain.models.piece import Piece, piece_ranges
-from lctrain.models.place import Family, Place, parameter_places
+from lctrain.models.place import Place, parameter_places
 from lctrain.models.tensor_parallel import shard_length
 from lctrain.optim import sum_of_bytes
 from lctrain.parallel.mesh import MeshGroups, ProcessMesh
@@ -166,7 +166,7 @@ class MegatronEngine:
         parameters, places = dict(piece.named_parameters()), parameter_places(piece)
         masters = {}
         for name, parameter in parameters.items():
-            if piece.dtype == torch.bfloat16 and places[name].family not in (Family.STATE, Family.ROUTER):
+            if piece.dtype == torch.bfloat16 and places[name].narrows:
                 masters[name] = parameter.data
                 parameter.data = parameter.data.to(piece.dtype)
         tied = self.config.model.tie_embeddings and self.mesh.pp > 1

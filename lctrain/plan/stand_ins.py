@@ -1,0 +1,157 @@
+"""What takes the place of code that a rehearsal on fake CPU tensors could not run, or would run otherwise than a GPU does."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Iterator
+from functools import lru_cache
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.autograd.function import once_differentiable
+
+from lctrain.kernels.attention import fused as attention
+from lctrain.kernels.permute.fused import Permutation, permutation
+from lctrain.models.moe.tokens import Tokens
+from lctrain.parallel.dispatch import Dispatch
+from lctrain.parallel.exchange import ToHeads, ToTokens
+from lctrain.parallel.executor import ScheduledAttention
+from lctrain.parallel.group import RankGroup
+from lctrain.plan.counting import CostCounter
+
+
+@dataclasses.dataclass(frozen=True)
+class KnownTokens(Tokens):
+    """Fake tokens whose number is known."""
+
+    known_total: int = 0
+
+    @property
+    def total(self) -> int:
+        """See Tokens."""
+        return self.known_total
+
+
+def known_tokens(tokens: Tokens, mode: FakeTensorMode) -> KnownTokens:
+    """Real tokens as fake ones."""
+    fields = {field.name: getattr(tokens, field.name) for field in dataclasses.fields(Tokens)}
+    fake = {name: None if x is None else mode.from_tensor(x, static_shapes=True) for name, x in fields.items()}
+    return KnownTokens(**fake, known_total=tokens.total)  # type: ignore[arg-type]
+
+
+@contextlib.contextmanager
+def attention_marked(counter: CostCounter) -> Iterator[None]:
+    """Inside, the counter is told what runs around the attention kernel."""
+
+    def marked(run: Callable[..., Any]) -> Any:
+        def within(*args: Any) -> Any:
+            with counter.inside_attention():
+                return run(*args)
+
+        return staticmethod(within)
+
+    with contextlib.ExitStack() as stack:
+        for function in (ScheduledAttention, ToHeads, ToTokens):
+            for way in ("forward", "backward"):
+                stack.enter_context(patch.object(function, way, marked(getattr(function, way))))
+        yield
+
+
+@contextlib.contextmanager
+def fake_tensors_suffice(counter: CostCounter, on_cuda: bool) -> Iterator[None]:
+    """Inside, the model runs on fake tensors, routing is even, and with on_cuda every fake tensor says that it lies on a GPU.
+
+    A fake tensor cannot really lie on one: torch's autograd wants a driver even then.
+    """
+
+    def rows_times(x: Tensor, matrices: Tensor, ends: Tensor) -> Tensor:
+        y = x.new_empty(x.shape[0], matrices.shape[2])
+        counter.operation("aten._grouped_mm", 2 * x.numel() * matrices.shape[2], x.nbytes + matrices.nbytes + y.nbytes)
+        if on_cuda:
+            y.masked_fill_((torch.arange(len(y)) >= ends[-1])[:, None], 0)
+        return y
+
+    def outer_products(a: Tensor, b: Tensor, ends: Tensor) -> Tensor:
+        products = a.new_empty(len(ends), a.shape[1], b.shape[1])
+        counter.operation("aten._grouped_mm", 2 * a.numel() * b.shape[1], a.nbytes + b.nbytes + products.nbytes)
+        if on_cuda:
+            products.masked_fill_((ends.diff(prepend=ends.new_zeros(1)) == 0)[:, None, None], 0)
+        return products
+
+    def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        wide: Tensor = _RmsNorm.apply(x.to(torch.promote_types(x.dtype, torch.float32)), weight, counter)
+        return wide.to(x.dtype)
+
+    routing = _EvenRouting()
+    replaced: dict[str, Any] = {
+        "lctrain.kernels.grouped_linear.fused.rows_times": rows_times,
+        "lctrain.kernels.grouped_linear.fused.outer_products": outer_products,
+        "lctrain.models.moe.moe.permutation": routing.permutation,
+        "lctrain.kernels.attention.fused._mask": lru_cache(attention._mask.__wrapped__),  # fake masks must be forgotten
+    }
+    if on_cuda:
+        replaced["lctrain.models.layers.rms_norm"] = rms_norm
+    with contextlib.ExitStack() as stack:
+        for name, stand_in in replaced.items():
+            stack.enter_context(patch(name, stand_in))
+        stack.enter_context(patch.object(Dispatch, "plan", routing.plan))
+        if on_cuda:
+            stack.enter_context(patch.object(FakeTensor, "is_cuda", True, create=True))
+        yield
+
+
+class _RmsNorm(torch.autograd.Function):
+    """What aten._fused_rms_norm keeps, reads and writes: CUDA has it as one kernel, the CPU composes it."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, counter: CostCounter) -> Tensor:
+        y, inverse = torch.empty_like(x), x.new_empty(*x.shape[:-1], 1)
+        ctx.save_for_backward(x, weight, inverse)
+        ctx.counter = counter
+        counter.operation("aten._fused_rms_norm", 0, x.nbytes + weight.nbytes + y.nbytes + inverse.nbytes)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, inverse = ctx.saved_tensors
+        dx, dweight = torch.empty_like(x), torch.empty_like(weight)
+        moved = dy.nbytes + x.nbytes + inverse.nbytes + 2 * weight.nbytes + dx.nbytes
+        ctx.counter.operation("aten._fused_rms_norm_backward", 0, moved)
+        return dx, dweight, None
+
+
+def even_counts(choices: int, n_experts: int) -> list[int]:
+    """Rows of every expert if `choices` are spread as evenly as can be."""
+    return [choices // n_experts + (expert < choices % n_experts) for expert in range(n_experts)]
+
+
+class _EvenRouting:
+    """In place of `permutation` and `Dispatch.plan`, which read how many rows each expert gets."""
+
+    rows = 0
+    """Of this rank, in the batch that was last sorted. Every rank has as many."""
+
+    def permutation(self, experts: Tensor, n_experts: int, kept: Tensor | None = None) -> Permutation:
+        """Even routing exceeds no expert's capacity: all choices stay."""
+        self.rows = experts.numel()
+        return permutation(experts if kept is None else experts.masked_fill(~kept, n_experts), n_experts)
+
+    def plan(self, counts: Tensor, ep: RankGroup, etp: RankGroup) -> Dispatch:
+        """See Dispatch.plan."""
+        local = len(counts) // ep.size
+        if ep.size == etp.size == 1:
+            return Dispatch(ep, etp, counts.cumsum(0).to(torch.int32), None)
+        received = ep.all_to_all("expert_counts", counts, [local] * ep.size, [local] * ep.size)
+        gathered = etp.all_gather("expert_counts", received).view(-1, local)
+        even = even_counts(self.rows, len(counts))
+        send = tuple(sum(even[peer * local : (peer + 1) * local]) for peer in range(ep.size))
+        receive = (send[ep.rank],) * ep.size
+        slices = (sum(receive),) * etp.size
+        ends = gathered.sum(0).cumsum(0).to(torch.int32)
+        order = torch.argsort(torch.empty(sum(slices), dtype=torch.int64), stable=True)
+        return Dispatch(ep, etp, ends, order, send, receive, slices)
