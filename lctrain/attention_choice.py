@@ -3,6 +3,7 @@ that the simulator finds fastest on the cluster."""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 
 import torch
@@ -16,8 +17,10 @@ from lctrain.models.latent_attention import head_size, travel_bytes
 from lctrain.models.pattern import parse_pattern
 from lctrain.parallel.choice import Candidate, rank_strategies
 from lctrain.parallel.deal import make_layout
+from lctrain.parallel.layout import SequenceLayout
 from lctrain.parallel.mask import AttentionMask
 from lctrain.parallel.payload import AttentionShape
+from lctrain.parallel.simulator import Cluster
 from lctrain.parallel.strategy import Strategy
 from lctrain.tracking.tracker import Tracker
 
@@ -60,7 +63,7 @@ def announce_choice(config: TrainConfig, device: torch.device, tracker: Tracker)
         _announce_travel(config, attention_strategies(config, device)["+"], tracker)
     if config.parallel.attention != "auto" or config.cp == 1:
         return
-    cluster = _cluster(config, device)
+    cluster = cluster_of(config, device)
     for window, candidates in _ranked(config, device).items():
         names: dict[Kind, str] = {None: "full-attention layers", "+": "latent-attention layers"}
         layers = names.get(window, f"layers with a window of {window}")
@@ -74,10 +77,15 @@ def attention_shapes(config: TrainConfig) -> dict[Kind, AttentionShape]:
     return {kind: _shape(config, kind) for kind in _kinds(config)}
 
 
-def _kinds(config: TrainConfig) -> list[Kind]:
+def attention_kinds(config: TrainConfig) -> dict[str, Kind]:
+    """Symbol -> kind, of the attention layers that the model has."""
     symbols = {layer.symbol for layer in parse_pattern(config.model.pattern)}
     kinds: dict[str, Kind] = {"*": None, "W": config.model.attention.window, "+": "+"}
-    return [kind for symbol, kind in kinds.items() if symbol in symbols]
+    return {symbol: kind for symbol, kind in kinds.items() if symbol in symbols}
+
+
+def _kinds(config: TrainConfig) -> list[Kind]:
+    return list(attention_kinds(config).values())
 
 
 def _announce_travel(config: TrainConfig, strategy: Strategy, tracker: Tracker) -> None:
@@ -86,14 +94,16 @@ def _announce_travel(config: TrainConfig, strategy: Strategy, tracker: Tracker) 
     sent = travel_bytes(settings, heads, strategy, cp, config.trainer.seq_len, DTYPES[config.engine.dtype])
     latent = settings.travel == "latent" or (settings.travel == "auto" and sent.latent < sent.heads)
     tracker.message(
-        f"latent attention: {'latents' if latent else 'keys and values of all heads'} travel with {_named(strategy)};"
+        f"latent attention: {'latents' if latent else 'keys and values of all heads'} travel with"
+        f" {describe_strategy(strategy)};"
         f" per layer and sequence, forward and backward, all ranks: latents {sent.latent / 1e6:.4g} MB,"
         f" heads {sent.heads / 1e6:.4g} MB"
     )
     tracker.event("latent_attention", travel="latent" if latent else "heads", **sent._asdict())
 
 
-def _cluster(config: TrainConfig, device: torch.device) -> ClusterConfig:
+def cluster_of(config: TrainConfig, device: torch.device) -> ClusterConfig:
+    """The config's cluster, or the preset for a device."""
     if config.cluster is not None:
         return config.cluster
     if device.type != "cuda":
@@ -102,17 +112,22 @@ def _cluster(config: TrainConfig, device: torch.device) -> ClusterConfig:
     return preset(next((choice for part, choice in PRESETS.items() if part in name), "h100"))
 
 
-def _ranked(config: TrainConfig, device: torch.device) -> dict[Kind, tuple[Candidate, ...]]:
-    """Each kind of layer on one document as long as a sample, the costliest case."""
+def seen_by_cp(config: TrainConfig, cluster: ClusterConfig) -> Cluster:
+    """The cluster as the ranks of one sequence see it: neighbours among them are tp ranks apart."""
+    built = cluster.build()
+    return dataclasses.replace(built, topology=built.topology.every(config.parallel.tp))
+
+
+def costliest_case(config: TrainConfig, kind: Kind) -> tuple[SequenceLayout, AttentionMask, AttentionShape]:
+    """What a kind of layer works on if every sample is one document."""
     length = config.trainer.seq_len
     layout = make_layout(config.parallel.layout, config.cp, length, ((0, length),))
-    cluster = _cluster(config, device).build()
-    return {
-        kind: rank_strategies(
-            layout, AttentionMask.dense(length, window=kind if isinstance(kind, int) else None), _shape(config, kind), cluster
-        )
-        for kind in _kinds(config)
-    }
+    return layout, AttentionMask.dense(length, window=kind if isinstance(kind, int) else None), _shape(config, kind)
+
+
+def _ranked(config: TrainConfig, device: torch.device) -> dict[Kind, tuple[Candidate, ...]]:
+    cluster = seen_by_cp(config, cluster_of(config, device))
+    return {kind: rank_strategies(*costliest_case(config, kind), cluster) for kind in _kinds(config)}
 
 
 def _shape(config: TrainConfig, kind: Kind) -> AttentionShape:
@@ -128,10 +143,11 @@ def _shape(config: TrainConfig, kind: Kind) -> AttentionShape:
 
 
 def _described(candidate: Candidate) -> str:
-    return _named(candidate.strategy)
+    return describe_strategy(candidate.strategy)
 
 
-def _named(strategy: Strategy) -> str:
+def describe_strategy(strategy: Strategy) -> str:
+    """Name and degrees, for people."""
     if strategy.name == "usp":
         return f"usp (ulysses={strategy.ulysses}, ring={strategy.ring}, nesting={strategy.nesting})"
     return f"double_ring (node_size={strategy.node})" if strategy.name == "double_ring" else strategy.name

@@ -57,6 +57,21 @@ class Topology:
         """The card of its node that a rank uses."""
         return rank % self.ranks_per_node * self.cards // self.ranks_per_node
 
+    def every(self, step: int) -> Topology:
+        """What one rank in `step` sees, those between doing the same at the same time, such as the other ranks of its matrices.
+
+        A node then has ranks_per_node // step of such ranks (at least one), each with its own port inside; between nodes, each
+        gets what one rank in `step` gets of the cards.
+        """
+        if step == 1:
+            return self
+        ranks = max(1, self.ranks_per_node // step)
+        cards = min(self.cards, ranks)
+        card = self.between.bandwidth * self.cards / self.ranks_per_node * ranks / cards
+        between = dataclasses.replace(self.between, bandwidth=card)
+        cores = None if self.cores is None else self.cores * ranks / self.ranks_per_node
+        return dataclasses.replace(self, ranks_per_node=ranks, between=between, cards=cards, cores=cores)
+
 
 class Machine:
     """A topology's resources for one simulation; messages and computations are told what they use."""

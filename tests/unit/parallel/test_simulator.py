@@ -260,3 +260,22 @@ def test_bands_with_dead_corners_use_the_causal_table():
     mixed = Device(flat(8.0), flat(10.0), flat(4.0), flat(5.0), call_s=1.0)
     assert mixed.seconds(Call(4, 4, 16, 2), "forward", 1) == 1.0 + 4 * 16 * 2 / 8.0
     assert mixed.seconds(Call(4, 4, 10, 1), "backward", 1) == 1.0 + 10 * 10 / 5.0
+
+
+@pytest.mark.parametrize(
+    ("ranks_per_node", "cards", "step", "ranks", "own_cards", "bandwidth"),
+    [
+        (8, 8, 1, 8, 8, 50.0),
+        (8, 8, 2, 4, 4, 50.0),  # each still has a card of its own
+        (4, 2, 2, 2, 2, 25.0),  # shares it with the rank between
+        (8, 2, 2, 4, 2, 25.0),
+        (8, 8, 16, 1, 1, 50.0),
+    ],
+)
+def test_one_rank_in_so_many_sees_fewer_ranks_on_a_node_and_its_part_of_the_cards(
+    ranks_per_node, cards, step, ranks, own_cards, bandwidth
+):
+    whole = Topology(ranks_per_node, Link(450.0, 1e-6), Link(50.0, 1e-6), cards)
+    seen = whole.every(step)
+    assert (seen.ranks_per_node, seen.cards, seen.between.bandwidth) == (ranks, own_cards, bandwidth)
+    assert seen.inside == whole.inside

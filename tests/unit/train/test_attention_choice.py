@@ -70,8 +70,8 @@ def test_the_choice_is_told_with_all_it_was_chosen_from():
 @pytest.mark.parametrize(("name", "expected"), [("NVIDIA H200", "h200"), ("NVIDIA A100-SXM4-80GB", "a100_pcie"), ("X", "h100")])
 def test_without_a_cluster_the_device_decides(monkeypatch, name, expected):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
-    assert attention_choice._cluster(config_of(), torch.device("cuda", 0)).name == expected
-    assert attention_choice._cluster(config_of(), CPU).name == "cpu_gloo"
+    assert attention_choice.cluster_of(config_of(), torch.device("cuda", 0)).name == expected
+    assert attention_choice.cluster_of(config_of(), CPU).name == "cpu_gloo"
 
 
 def test_layers_find_their_strategy_by_window():
