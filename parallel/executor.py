@@ -94,6 +94,7 @@ class _Run:
             for work in step.work:
                 self.compute(work)
             self.courier.finish(index)
+        del self.courier  # it holds what it calls, this object: their tensors would live until Python looked for such circles
 
     def compute(self, work: Work) -> None:
         raise NotImplementedError

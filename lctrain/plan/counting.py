@@ -145,9 +145,7 @@ class CostCounter(TorchDispatchMode):
             self.track(tensor)
         packet = func.overloadpacket
         if (fresh or func._schema.is_mutable) and packet not in _NO_KERNEL and packet not in ATTENTION_KERNELS:
-            rule = flop_registry.get(packet)
-            flops = int(rule(*args, **kwargs, out_val=result)) if rule is not None else 0
-            self.operation(str(packet), flops, _moved(func, given, fresh, args, kwargs))
+            self.operation(str(packet), _flops(packet, args, kwargs, result), _moved(func, given, fresh, args, kwargs))
         return result
 
     def _collective(self, func: Any, args: tuple) -> None:
@@ -165,6 +163,14 @@ class CostCounter(TorchDispatchMode):
 
 def _is_group(boxed: torch.ScriptObject) -> bool:
     return "ProcessGroup" in boxed._type().qualified_name()
+
+
+def _flops(packet: Any, args: tuple, kwargs: dict, result: Any) -> int:
+    """Multiply-adds x 2 of a matrix product."""
+    if packet is _aten._grouped_mm:  # rows [M, K] by group times [E, K, N], or [N, M] times [M, K] by group
+        return 2 * args[0].numel() * args[1].shape[-1]
+    rule = flop_registry.get(packet)
+    return 0 if rule is None else int(rule(*args, **kwargs, out_val=result))
 
 
 def _moved(func: Any, given: list[Tensor], fresh: list[Tensor], args: tuple, kwargs: dict) -> int:

@@ -20,6 +20,7 @@ from lctrain.devices import DTYPES
 from lctrain.engines.quiet import quiet_libraries
 from lctrain.errors import UserError
 from lctrain.models.model import LanguageModel, Sublayer
+from lctrain.models.moe.stats import forget_statistics
 from lctrain.models.moe.tokens import _local_tokens
 from lctrain.models.parallel import ModelParallel
 from lctrain.models.pattern import parse_pattern
@@ -34,7 +35,7 @@ from lctrain.plan.cost import PartCost
 from lctrain.plan.counted_group import counted, direct_dimensions
 from lctrain.plan.counting import CostCounter
 from lctrain.plan.fake_world import fake_world
-from lctrain.plan.stand_ins import attention_marked, fake_tensors_suffice, known_tokens
+from lctrain.plan.stand_ins import KnownTokens, attention_marked, fake_tensors_suffice, known, without_data
 
 EMBEDDING, LOSS = "embedding", "loss"
 """Names of the parts that are no sublayers."""
@@ -60,8 +61,9 @@ def rehearse(config: TrainConfig, length: int | None = None, on_cuda: bool = Tru
         groups = counted(groups, counter)
         seq = make_sequence(config, groups, length or config.trainer.seq_len)
         mode = FakeTensorMode()
-        for key, tokens in list(seq._made.items()):
-            seq._made[key] = known_tokens(tokens, mode)  # type: ignore[arg-type]
+        for key, tokens in seq._made.items():
+            assert isinstance(tokens, KnownTokens)
+            seq._made[key] = without_data(tokens, mode)
         seq.positions = mode.from_tensor(seq.positions, static_shapes=True)
         with mode, fake_tensors_suffice(counter, on_cuda):
             return Rehearsal(config, build(config, groups), seq, counter).parts()
@@ -87,7 +89,7 @@ def make_sequence(config: TrainConfig, groups: MeshGroups, length: int) -> Seque
     facts: dict[str, Any] = {"samples": tuple(range(rows)), "tasks": ((0,),) * rows}
     seq = SequenceMeta(layout, groups.cp, positions, borders, strategies, **facts)
     part = shard_length(layout.local_length, groups.tp.size), groups.tp.rank
-    seq.once(("tokens", *part, torch.device("cpu")), lambda: _local_tokens(seq, *part))
+    seq.once(("tokens", *part, torch.device("cpu")), lambda: known(_local_tokens(seq, *part)))
     return seq
 
 
@@ -135,9 +137,10 @@ class Rehearsal:
             symbols = [spec.symbol for spec in parse_pattern(self.model.config.pattern)]
             for symbol, layer in zip(symbols, self.model.layers, strict=True):
                 if symbol in TOKEN_MIXERS:
-                    with torch.no_grad():  # makes what layers share
-                        self.model.through(layer, torch.empty(self.shape, dtype=self.model.dtype), self.seq)
+                    self._part(symbol, layer)  # makes what layers share
+                before = self.counter.live
                 found[symbol] = self._part(symbol, layer)
+                assert self.counter.live == before, f"{symbol} leaves {self.counter.live - before} bytes behind"
             shared = self.counter.live
             embedding = self._part(EMBEDDING, None)
             found[EMBEDDING] = dataclasses.replace(embedding, kept=embedding.kept + shared)
@@ -161,7 +164,7 @@ class Rehearsal:
         backward = counter.cost(held=known + kept + passed)
         del edge
         results.clear()
-        assert counter.live == known, f"{name} leaves {counter.live - known} bytes behind"
+        forget_statistics(self.model)
         return PartCost(name, forward, backward, kept)
 
     def _input(self, name: str) -> Tensor:

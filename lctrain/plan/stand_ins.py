@@ -26,7 +26,7 @@ from lctrain.plan.counting import CostCounter
 
 @dataclasses.dataclass(frozen=True)
 class KnownTokens(Tokens):
-    """Fake tokens whose number is known."""
+    """Tokens whose number is known without a look at them."""
 
     known_total: int = 0
 
@@ -36,11 +36,15 @@ class KnownTokens(Tokens):
         return self.known_total
 
 
-def known_tokens(tokens: Tokens, mode: FakeTensorMode) -> KnownTokens:
-    """Real tokens as fake ones."""
-    fields = {field.name: getattr(tokens, field.name) for field in dataclasses.fields(Tokens)}
-    fake = {name: None if x is None else mode.from_tensor(x, static_shapes=True) for name, x in fields.items()}
-    return KnownTokens(**fake, known_total=tokens.total)  # type: ignore[arg-type]
+def known(tokens: Tokens) -> KnownTokens:
+    """The same tokens."""
+    return KnownTokens(**vars(tokens), known_total=tokens.total)
+
+
+def without_data(tokens: KnownTokens, mode: FakeTensorMode) -> KnownTokens:
+    """The same as fake tensors."""
+    tensors = {name: x for name, x in vars(tokens).items() if isinstance(x, Tensor)}
+    return dataclasses.replace(tokens, **{name: mode.from_tensor(x, static_shapes=True) for name, x in tensors.items()})
 
 
 @contextlib.contextmanager
@@ -70,14 +74,16 @@ def fake_tensors_suffice(counter: CostCounter, on_cuda: bool) -> Iterator[None]:
 
     def rows_times(x: Tensor, matrices: Tensor, ends: Tensor) -> Tensor:
         y = x.new_empty(x.shape[0], matrices.shape[2])
-        counter.operation("aten._grouped_mm", 2 * x.numel() * matrices.shape[2], x.nbytes + matrices.nbytes + y.nbytes)
+        moved = x.nbytes + matrices.nbytes + ends.nbytes + y.nbytes
+        counter.operation("aten._grouped_mm", 2 * x.numel() * matrices.shape[2], moved)
         if on_cuda:
             y.masked_fill_((torch.arange(len(y)) >= ends[-1])[:, None], 0)
         return y
 
     def outer_products(a: Tensor, b: Tensor, ends: Tensor) -> Tensor:
         products = a.new_empty(len(ends), a.shape[1], b.shape[1])
-        counter.operation("aten._grouped_mm", 2 * a.numel() * b.shape[1], a.nbytes + b.nbytes + products.nbytes)
+        moved = a.nbytes + b.nbytes + ends.nbytes + products.nbytes
+        counter.operation("aten._grouped_mm", 2 * a.numel() * b.shape[1], moved)
         if on_cuda:
             products.masked_fill_((ends.diff(prepend=ends.new_zeros(1)) == 0)[:, None, None], 0)
         return products
