@@ -117,8 +117,8 @@ class Optimizer:
 
     def memory(self) -> int:
         """Bytes of moments and of main weights that are not the model's own."""
-        own = {parameter.untyped_storage().data_ptr() for parameter in self.parameters.values()}
-        mains = [held.main for held in self._held.values() if held.main.untyped_storage().data_ptr() not in own]
+        own = {parameter.untyped_storage()._cdata for parameter in self.parameters.values()}
+        mains = [held.main for held in self._held.values() if held.main.untyped_storage()._cdata not in own]
         return sum_of_bytes(mains) + sum_of_bytes(x for held in self._held.values() for x in held.state.values())
 
     @torch.no_grad()
