@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, TypeVar, get_args, get_origin
 
@@ -30,14 +31,17 @@ def decode(schema: type[T], tree: Any, source: Callable[[Sequence[str]], str | N
     # A list or section with a bad entry may be reported as bad itself; the entry tells more.
     places = [mistake["loc"] for mistake in mistakes]
     mistakes = [m for m in mistakes if not any(place != m["loc"] and place[: len(m["loc"])] == m["loc"] for place in places)]
-    lines = [_line(schema, mistake, source) for mistake in mistakes[:SHOWN]]
-    if len(mistakes) > SHOWN:
-        lines.append(f"and {len(mistakes) - SHOWN} more")
+    lines = list(dict.fromkeys(_line(schema, mistake, source) for mistake in mistakes))
+    if len(lines) > SHOWN:
+        lines[SHOWN:] = [f"and {len(lines) - SHOWN} more"]
     raise UserError("\n".join(lines))
 
 
 def _line(schema: type[BaseModel], mistake: Any, source: Callable[[Sequence[str]], str | None]) -> str:
     path = [str(part) for part in mistake["loc"]]
+    if mistake["type"] not in ("extra_forbidden", "missing"):
+        while annotation_at(schema, path) is None:  # below a setting of several types pydantic adds the type's name
+            path.pop()
     dotted = ".".join(path)
     origin = source(path)
     written = f" ({origin})" if origin else ""
@@ -48,14 +52,23 @@ def _line(schema: type[BaseModel], mistake: Any, source: Callable[[Sequence[str]
         case "missing":
             return missing(schema, path)
         case "value_error":
-            # Raised by a check of ours over several settings, whose text names them relative to their section.
-            return f"{dotted}: {mistake['ctx']['error']}" if path else str(mistake["ctx"]["error"])
+            return _placed(schema, path, str(mistake["ctx"]["error"]))  # by a check of ours over several settings
     value = mistake["input"]
     shown = value if isinstance(value, str) else json.dumps(value, default=str)
     expected = expectation(annotation) if annotation is not None else mistake["msg"]
     if origin == f"argument {dotted}={shown}":
         written = ""
     return f"{dotted}={_short(shown)}{written}: must be {expected}{_meant(annotation, value)}"
+
+
+def _placed(schema: type[BaseModel], path: list[str], text: str) -> str:
+    """The text of a check in the section at `path`, which names settings in full or from that section on."""
+    named = re.match(r"[\w.]*", text)
+    name = named.group().split(".") if named else []
+    if not path or name[: len(path)] == path or (name[0] in schema.model_fields and annotation_at(schema, name)):
+        return text
+    dotted = ".".join(path)
+    return f"{dotted}.{text}" if annotation_at(schema, [*path, *name]) else f"{dotted}: {text}"
 
 
 def missing(schema: type[BaseModel], path: Sequence[str]) -> str:

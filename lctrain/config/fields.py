@@ -143,6 +143,11 @@ def expectation(annotation: Any) -> str:
         text = f"a section with {', '.join(section.model_fields)}"
     elif get_origin(core) is Literal:
         text = f"one of {', '.join(str(choice) for choice in get_args(core))}"
+    elif get_origin(core) in (Union, types.UnionType):
+        arms = [arm for arm in get_args(core) if arm is not type(None)]
+        text, optional = " or ".join(map(expectation, arms)), type(None) in get_args(core)
+    elif get_origin(core) is dict:
+        text = "a mapping"
     elif get_origin(core) is tuple:
         inner = section_of(get_args(core)[0])
         text = "a list" + (f" of sections with {', '.join(inner.model_fields)}" if inner else "")

@@ -36,7 +36,6 @@ class LatentAttentionConfig(Strict):
     def _check(self) -> LatentAttentionConfig:
         if self.qk_rope_head_dim % 2:
             raise ValueError(
-                f"latent_attention.qk_rope_head_dim={self.qk_rope_head_dim} cannot be rotated:"
-                " rotary embedding needs an even one"
+                f"model.latent_attention.qk_rope_head_dim={self.qk_rope_head_dim} cannot be rotated: set it to an even number"
             )
         return self

@@ -44,12 +44,12 @@ class MambaConfig(Strict):
     @model_validator(mode="after")
     def _check(self) -> MambaConfig:
         if self.conv_kernel < 2:
-            raise ValueError(f"mamba.conv_kernel={self.conv_kernel} sees no earlier token: use 2 or more (Mamba-2 has 4)")
+            raise ValueError(f"model.mamba.conv_kernel={self.conv_kernel} sees no earlier token: use 2 or more (Mamba-2 has 4)")
         limit = self.dt_limit_max
         for low, high, name in (
-            (self.dt_min, self.dt_max, "mamba.dt_min={} must not exceed mamba.dt_max={}"),
-            (self.a_min, self.a_max, "mamba.a_min={} must not exceed mamba.a_max={}"),
-            (self.dt_limit_min, limit, "mamba.dt_limit_min={} must not exceed mamba.dt_limit_max={}"),
+            (self.dt_min, self.dt_max, "model.mamba.dt_min={} must not exceed model.mamba.dt_max={}"),
+            (self.a_min, self.a_max, "model.mamba.a_min={} must not exceed model.mamba.a_max={}"),
+            (self.dt_limit_min, limit, "model.mamba.dt_limit_min={} must not exceed model.mamba.dt_limit_max={}"),
         ):
             if high is not None and low > high:
                 raise ValueError(name.format(low, high))
@@ -62,15 +62,15 @@ class MambaConfig(Strict):
     def check_model(self, d_model: int) -> None:
         """ValueError if heads and groups do not divide."""
         width = self.width(d_model)
-        whose = f"mamba.d_inner={width}" if self.d_inner else f"mamba.d_inner={width} (2 x d_model)"
+        whose = f"model.mamba.d_inner={width}" if self.d_inner else f"model.mamba.d_inner={width} (2 x model.d_model)"
         if width % self.head_dim:
-            raise ValueError(f"{whose} is not a multiple of mamba.head_dim={self.head_dim}")
+            raise ValueError(f"{whose} is not a multiple of model.mamba.head_dim={self.head_dim}")
         heads = width // self.head_dim
         if heads % self.n_groups:
             fits = [n for n in range(1, heads + 1) if heads % n == 0]
             raise ValueError(
-                f"mamba.n_groups={self.n_groups} does not divide the {heads} heads (mamba.d_inner / mamba.head_dim);"
-                f" it can be {', '.join(map(str, fits))}"
+                f"model.mamba.n_groups={self.n_groups} does not divide the {heads} heads"
+                f" (model.mamba.d_inner / model.mamba.head_dim); it can be {', '.join(map(str, fits))}"
             )
 
 
@@ -95,16 +95,16 @@ class LinearAttentionConfig(Strict):
         """ValueError if heads do not divide."""
         if self.head_dim is None and d_model % self.n_heads:
             raise ValueError(
-                f"d_model={d_model} is not a multiple of linear_attention.n_heads={self.n_heads};"
-                " set linear_attention.head_dim or change one of them"
+                f"model.d_model={d_model} is not a multiple of model.linear_attention.n_heads={self.n_heads};"
+                " set model.linear_attention.head_dim or change one of them"
             )
 
     def check_run(self, tp: int) -> None:
         """ValueError if the norm cannot be divided over tensor-parallel ranks."""
         if tp > 1 and self.norm == "whole":
             raise ValueError(
-                "linear_attention.norm=whole needs all heads on one rank:"
-                f" set linear_attention.norm=head, or parallel.tp=1 instead of {tp}"
+                "model.linear_attention.norm=whole needs all heads on one rank:"
+                f" set model.linear_attention.norm=head, or parallel.tp=1 instead of {tp}"
             )
 
 

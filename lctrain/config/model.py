@@ -91,26 +91,30 @@ class ModelConfig(Strict):
         if symbols & {"*", "W"}:
             if attention.n_heads % attention.n_kv_heads:
                 raise ValueError(
-                    f"attention.n_heads={attention.n_heads} is not a multiple of attention.n_kv_heads={attention.n_kv_heads}"
+                    f"model.attention.n_heads={attention.n_heads} is not a multiple of"
+                    f" model.attention.n_kv_heads={attention.n_kv_heads}"
                 )
             if attention.head_dim is None and self.d_model % attention.n_heads:
                 raise ValueError(
-                    f"d_model={self.d_model} is not a multiple of attention.n_heads={attention.n_heads};"
-                    " set attention.head_dim or change one of them"
+                    f"model.d_model={self.d_model} is not a multiple of model.attention.n_heads={attention.n_heads};"
+                    " set model.attention.head_dim or change one of them"
                 )
             head_dim = attention.head_dim or self.d_model // attention.n_heads
-            if head_dim % 2:
-                raise ValueError(f"a head of size {head_dim} cannot be rotated: rotary embedding needs an even head_dim")
+            if attention.rotary and head_dim % 2:
+                raise ValueError(
+                    f"a head of size {head_dim} cannot be rotated: set model.attention.head_dim to an even number,"
+                    " or model.attention.rotary=false"
+                )
         heads = attention.routed_heads
         if heads is not None and heads.shared + heads.top_k > attention.n_heads:
             raise ValueError(
-                f"attention.routed_heads: shared={heads.shared} and top_k={heads.top_k} heads are more than"
-                f" attention.n_heads={attention.n_heads}"
+                f"model.attention.routed_heads: shared={heads.shared} and top_k={heads.top_k} heads are more than"
+                f" model.attention.n_heads={attention.n_heads}"
             )
         if "M" in symbols:
             self.mamba.check_model(self.d_model)
         if "L" in symbols:
             self.linear_attention.check_model(self.d_model)
         if "W" in symbols and attention.window is None:
-            raise ValueError(f"pattern {self.pattern!r} has a W sublayer: set attention.window (tokens)")
+            raise ValueError(f"model.pattern={self.pattern} has a W sublayer: set model.attention.window (tokens)")
         return self

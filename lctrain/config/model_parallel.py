@@ -67,10 +67,12 @@ def _check_stages(config: TrainConfig) -> None:
         f" x parallel.virtual_stages={parallel.virtual_stages}" if parallel.virtual_stages > 1 else ""
     )
     if stages > layers:
-        raise ValueError(f"{what} is {stages} stages for {layers} sublayers of pattern {pattern!r}; take at most {layers}")
+        raise ValueError(
+            f"{what} is {stages} stages for {layers} sublayers of model.pattern {pattern!r}; take at most {layers}"
+        )
     if cuts and stages > 1 and len(cuts) + 1 != stages:
         raise ValueError(
-            f"pattern {pattern!r} has {len(cuts)} cuts '|', so {len(cuts) + 1} stages, but {what} is {stages}:"
+            f"model.pattern {pattern!r} has {len(cuts)} cuts '|', so {len(cuts) + 1} stages, but {what} is {stages}:"
             " change one, or drop the cuts to have stages balanced by cost"
         )
 

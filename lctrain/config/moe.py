@@ -37,11 +37,11 @@ class RouterConfig(Strict):
     def _check(self) -> RouterConfig:
         if self.choice == "expert":
             raise ValueError(
-                "moe.router.choice=expert lets an expert compare a token with later ones, so a decoder would look at the"
+                "model.moe.router.choice=expert lets an expert compare a token with later ones, so a decoder would look at the"
                 " future; use token"
             )
         if self.top_groups > self.groups:
-            raise ValueError(f"moe.router.top_groups={self.top_groups} exceeds moe.router.groups={self.groups}")
+            raise ValueError(f"model.moe.router.top_groups={self.top_groups} exceeds model.moe.router.groups={self.groups}")
         return self
 
 
@@ -88,37 +88,40 @@ class MoeConfig(Strict):
     def _check(self) -> MoeConfig:
         router = self.router
         if self.n_experts % router.groups:
-            raise ValueError(f"moe.n_experts={self.n_experts} is not a multiple of moe.router.groups={router.groups}")
+            raise ValueError(
+                f"model.moe.n_experts={self.n_experts} is not a multiple of model.moe.router.groups={router.groups}"
+            )
         reachable = self.n_experts // router.groups * router.top_groups
         if self.top_k > reachable:
             raise ValueError(
-                f"moe.top_k={self.top_k} exceeds the {reachable} experts that a token can reach"
-                + (" with moe.router.top_groups groups" if router.groups > 1 else " (moe.n_experts)")
+                f"model.moe.top_k={self.top_k} exceeds the {reachable} experts that a token can reach"
+                + (" with model.moe.router.top_groups groups" if router.groups > 1 else " (model.moe.n_experts)")
             )
         if router.groups > 1 and router.group_score == "top2_sum" and self.n_experts // router.groups < 2:
             raise ValueError(
-                f"moe.router.group_score=top2_sum needs two experts in a group, got moe.n_experts={self.n_experts}"
-                f" in moe.router.groups={router.groups}; use max"
+                f"model.moe.router.group_score=top2_sum needs two experts in a group, got model.moe.n_experts={self.n_experts}"
+                f" in model.moe.router.groups={router.groups}; use max"
             )
         if router.groups > 1 and router.group_score == "top_k_over_groups" and self.top_k % router.top_groups:
             raise ValueError(
-                f"moe.router.group_score=top_k_over_groups: moe.top_k={self.top_k} is not a multiple of"
-                f" moe.router.top_groups={router.top_groups}"
+                f"model.moe.router.group_score=top_k_over_groups: model.moe.top_k={self.top_k} is not a multiple of"
+                f" model.moe.router.top_groups={router.top_groups}"
             )
         if self.shared_gate and not self.shared_d_ff:
-            raise ValueError("moe.shared_gate=true has nothing to gate: set moe.shared_d_ff")
+            raise ValueError("model.moe.shared_gate=true has nothing to gate: set model.moe.shared_d_ff")
         return self
 
     def check_run(self, ep: int, etp: int, corpora: int) -> None:
         """ValueError with the fix if experts cannot be cut over `ep` ranks, each over `etp`, or if corpora lack a gate."""
         if self.n_experts % ep:
             fits = ", ".join(str(n) for n in range(1, self.n_experts + 1) if self.n_experts % n == 0)
-            raise ValueError(f"moe.n_experts={self.n_experts} is not a multiple of parallel.ep={ep}; ep can be {fits}")
+            raise ValueError(f"model.moe.n_experts={self.n_experts} is not a multiple of parallel.ep={ep}; ep can be {fits}")
         if self.d_ff % etp:
-            raise ValueError(f"moe.d_ff={self.d_ff} is not a multiple of parallel.etp={etp}")
+            raise ValueError(f"model.moe.d_ff={self.d_ff} is not a multiple of parallel.etp={etp}")
         if 1 < self.router.tasks < corpora:
             raise ValueError(
-                f"moe.router.tasks={self.router.tasks} gates are too few for {corpora} corpora: set it to {corpora}, or to 1"
+                f"model.moe.router.tasks={self.router.tasks} gates are too few for {corpora} corpora:"
+                f" set it to {corpora}, or to 1"
             )
 
 

@@ -38,11 +38,9 @@ class RopeConfig(Strict):
     @model_validator(mode="after")
     def _check(self) -> RopeConfig:
         if self.scaling == "none" and self.factor != 1.0:
-            raise ValueError(f"rope.factor={self.factor} has no effect with rope.scaling=none; choose linear, yarn or llama3")
+            raise ValueError(f"factor={self.factor} has no effect with scaling=none; choose linear, yarn or llama3")
         if self.fraction < 1 and self.scaling == "yarn":
-            raise ValueError(f"rope.fraction={self.fraction} does not go with rope.scaling=yarn; choose linear or llama3")
+            raise ValueError(f"fraction={self.fraction} does not go with scaling=yarn; choose linear or llama3")
         if self.high_freq_factor <= self.low_freq_factor:
-            raise ValueError(
-                f"rope.high_freq_factor={self.high_freq_factor} must exceed rope.low_freq_factor={self.low_freq_factor}"
-            )
+            raise ValueError(f"high_freq_factor={self.high_freq_factor} must exceed low_freq_factor={self.low_freq_factor}")
         return self

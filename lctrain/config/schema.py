@@ -103,13 +103,19 @@ class ParallelConfig(Strict):
 
     @model_validator(mode="after")
     def _check(self) -> ParallelConfig:
-        if self.attention == "auto":
-            for name in ("ulysses", "node_size"):
-                if getattr(self, name) is not None:
-                    raise ValueError(
-                        f"parallel.attention=auto chooses its own degrees: drop parallel.{name}={getattr(self, name)},"
-                        " or name a strategy"
-                    )
+        used = {self.attention, self.ring} if self.attention == "usp" else {self.attention}
+        for name, user in (("ulysses", "usp"), ("ring", "usp"), ("nesting", "usp"), ("node_size", "double_ring")):
+            value = getattr(self, name)
+            if value == ParallelConfig.model_fields[name].default or user in used:
+                continue
+            if self.attention == "auto":
+                raise ValueError(
+                    f"parallel.attention=auto chooses its own degrees: drop parallel.{name}={value}, or name a strategy"
+                )
+            raise ValueError(
+                f"parallel.{name}={value} is for parallel.attention={user}, but parallel.attention={self.attention};"
+                " drop one of them"
+            )
         return self
 
 
@@ -140,11 +146,13 @@ class EngineConfig(Strict):
     def _check(self) -> EngineConfig:
         if self.name == "megatron" and self.data_parallel == "fsdp":
             raise ValueError(
-                "data_parallel=fsdp is for name=torch; with name=megatron, distributed_optimizer=true divides optimizer state,"
-                " and parallel.tp and parallel.pp divide weights"
+                "engine.data_parallel=fsdp is for engine.name=torch; with engine.name=megatron,"
+                " engine.distributed_optimizer=true divides optimizer state, and parallel.tp and parallel.pp divide weights"
             )
         if self.name != "megatron" and not self.distributed_optimizer:
-            raise ValueError(f"distributed_optimizer=false is for name=megatron, but name={self.name}; drop one of them")
+            raise ValueError(
+                f"engine.distributed_optimizer=false is for engine.name=megatron, but engine.name={self.name}; drop one of them"
+            )
         return self
 
 

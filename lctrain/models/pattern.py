@@ -51,11 +51,11 @@ def pipeline_cuts(pattern: str) -> tuple[int, ...]:
         if symbol != CUT:
             layers += 1
         elif layers == (cuts[-1] if cuts else 0):
-            raise ValueError(f"pattern {pattern!r}: a '|' has no sublayer before it; it stands between two stages")
+            raise ValueError(f"model.pattern {pattern!r}: a '|' has no sublayer before it; it stands between two stages")
         else:
             cuts.append(layers)
     if cuts and cuts[-1] == layers:
-        raise ValueError(f"pattern {pattern!r}: the last '|' has no sublayer after it; it stands between two stages")
+        raise ValueError(f"model.pattern {pattern!r}: the last '|' has no sublayer after it; it stands between two stages")
     return tuple(cuts)
 
 

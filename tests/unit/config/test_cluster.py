@@ -50,6 +50,11 @@ def test_a_run_takes_a_preset_and_changes_of_it():
         (["cluster=h200", "cluster.kernel.forward.columns=[1,2]"], "5 lines (rows) of 2 numbers (columns)"),
         (["cluster.cards=2"], "cluster.kernel has no value"),
         (["parallel.attention=auto", "parallel.ulysses=1"], "drop parallel.ulysses=1"),
+        (["parallel.attention=auto", "parallel.nesting=outer"], "drop parallel.nesting=outer"),
+        (["parallel.attention=ring", "parallel.ulysses=2"], "is for parallel.attention=usp, but parallel.attention=ring;"),
+        (["parallel.attention=ulysses", "parallel.ring=token_ring"], "parallel.ring=token_ring is for parallel.attention=usp"),
+        (["parallel.ring=double_ring", "parallel.node_size=2"], "parallel.ring=double_ring is for parallel.attention=usp"),
+        (["parallel.attention=usp", "parallel.node_size=2"], "parallel.node_size=2 is for parallel.attention=double_ring"),
         (["parallel.attention=autoo"], "did you mean auto"),
     ],
 )
@@ -68,4 +73,11 @@ def test_presets_know_their_device(name):
     assert device.product_tflops.fp32 < device.product_tflops.bf16
     if device.published is not None:
         peak = published_flops(device.published)
-        assert peak is not None and 0.5 * peak < device.product_tflops.bf16 * 1e12 < peak
+        assert peak is not None
+        assert 0.5 * peak < device.product_tflops.bf16 * 1e12 < peak
+
+
+def test_degrees_of_the_strategy_in_use_are_accepted():
+    usp = ["parallel.attention=usp", "parallel.cp=8", "parallel.ulysses=2", "parallel.nesting=outer"]
+    assert load(TrainConfig, "train", [*usp, "parallel.ring=double_ring", "parallel.node_size=2"]).parallel.node_size == 2
+    assert load(TrainConfig, "train", ["parallel.attention=double_ring", "parallel.cp=4", "parallel.node_size=2"])

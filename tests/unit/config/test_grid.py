@@ -71,16 +71,25 @@ def test_one_config_leaves_no_trace_in_the_next() -> None:
         ),
         (
             ["launcher=slurm", "launcher.nodes=2", "launcher.processes=1"],
-            "launcher: processes=1, but nodes=2 x processes_per_node=1 is 2: leave launcher.processes out",
+            "launcher.processes=1, but nodes=2 x processes_per_node=1 is 2: leave launcher.processes out",
         ),
         (
             ["parallel=ring", "launcher.processes=3", "parallel.dp=2"],
             "parallel.dp=2 x parallel.cp=1 is 2, but launcher.processes=3",
         ),
-        (["model=hybrid_tiny", "parallel.ep=3"], "moe.n_experts=8 is not a multiple of parallel.ep=3; ep can be 1, 2, 4, 8"),
+        (
+            ["model=hybrid_tiny", "parallel.ep=3"],
+            "model.moe.n_experts=8 is not a multiple of parallel.ep=3; ep can be 1, 2, 4, 8",
+        ),
         (["parallel.ep=2"], "parallel.ep=2 has no experts to divide: model.pattern has no E"),
-        ([MEGATRON, "engine.data_parallel=fsdp"], "engine: data_parallel=fsdp is for name=torch; with name=megatron, "),
-        (["engine.distributed_optimizer=false"], "engine: distributed_optimizer=false is for name=megatron, but name=torch"),
+        (
+            [MEGATRON, "engine.data_parallel=fsdp"],
+            "engine.data_parallel=fsdp is for engine.name=torch; with engine.name=megatron, ",
+        ),
+        (
+            ["engine.distributed_optimizer=false"],
+            "engine.distributed_optimizer=false is for engine.name=megatron, but engine.name=torch",
+        ),
         (["parallel.cp=0"], "parallel.cp=0: must be a whole number above 0, or null"),
     ],
 )

@@ -127,6 +127,10 @@ class TestAccepted:
     def test_whole_numbers_are_numbers(self):
         assert probe("rate=1").rate == 1.0
 
+    def test_only_heads_that_are_rotated_must_be_even(self):
+        assert "set model.attention.head_dim to an even number" in refused(train, "model.attention.head_dim=15")
+        assert train("model.attention.head_dim=15", "model.attention.rotary=false").model.attention.head_dim == 15
+
     def test_a_setting_may_have_the_name_of_a_group(self):
         assert probe("data=tiny").data == "tiny"
 
@@ -161,8 +165,13 @@ class TestRefused:
             ("data.corpora.7.prefix=a", "data.corpora.7.prefix=a: list index out of range"),
             ("model.d_model=1,2", "model.d_model=1,2: model.d_model takes one value, not several"),
             ("parallel.cp=3 launcher.processes=4", "launcher.processes=4 is not a multiple of parallel.cp=3; set "),
-            ("model.d_model=130", "model: d_model=130 is not a multiple of attention.n_heads=4"),
-            ("model.pattern=*X", "model: pattern '*X': unknown symbol 'X' at character 2"),
+            ("model.d_model=130", "model.d_model=130 is not a multiple of model.attention.n_heads=4"),
+            ("model.pattern=*X", "model.pattern '*X': unknown symbol 'X' at character 2"),
+            ("model.moe.top_k=9", "model.moe.top_k=9 exceeds the 8 experts that a token can reach (model.moe.n_experts)"),
+            ("model.attention.rope.factor=2", "model.attention.rope.factor=2.0 has no effect with scaling=none; choose "),
+            ("engine.distributed_optimizer=false", "engine.distributed_optimizer=false is for engine.name=megatron, but "),
+            ("parallel.attention=auto parallel.ulysses=1", "parallel.attention=auto chooses its own degrees: drop parallel.u"),
+            ("engine.deepspeed_config=[1]", "engine.deepspeed_config=[1]: must be text or a mapping, or null"),
             ("data=custom", "data.corpora.0.prefix has no value: add data.corpora.0.prefix=... (Path without ending"),
             ("data=null", "data.corpora has no value: add data.corpora=... (Corpora to blend)"),
             ("run_dir=${modle.name}", "run_dir: Interpolation key 'modle.name' not found"),

@@ -50,7 +50,7 @@ def test_what_divides_is_taken(parallel: dict[str, int]) -> None:
         ({"tp": 4, "pattern": "M-"}, r"parallel.tp=4 does not divide model.mamba.n_groups=2; .* 1, 2 \["),
         ({"tp": 4, "pattern": "+-"}, r"parallel.tp=4 does not divide model.latent_attention.n_heads=2"),
         ({"tp": 4, "vocab": 5}, r"parallel.tp=4 leaves the last rank without a row of model.vocab_size=5; .* be 1, 2 \["),
-        ({"pp": 8}, r"parallel.pp=8 is 8 stages for 4 sublayers of pattern '\*-\*-'; take at most 4"),
+        ({"pp": 8}, r"parallel.pp=8 is 8 stages for 4 sublayers of model.pattern '\*-\*-'; take at most 4"),
         ({"pp": 2, "virtual_stages": 3}, r"parallel.pp=2 x parallel.virtual_stages=3 is 6 stages for 4 sublayers"),
         ({"pp": 2, "pattern": "*|-*|-"}, r"2 cuts '\|', so 3 stages, but parallel.pp=2 is 2"),
         ({"virtual_stages": 2}, r"parallel.virtual_stages=2 needs parallel.pp of 2 or more"),

@@ -145,13 +145,13 @@ def test_rates_slow_down_over_the_layers_that_mix_tokens() -> None:
 @pytest.mark.parametrize(
     ("symbol", "settings", "message"),
     [
-        ("M", {"n_groups": 3}, "mamba.n_groups=3 does not divide the 16 heads"),
-        ("M", {"head_dim": 5}, r"mamba.d_inner=64 \(2 x d_model\) is not a multiple of mamba.head_dim=5"),
-        ("M", {"d_inner": 30}, "mamba.d_inner=30 is not a multiple of mamba.head_dim=4"),
-        ("M", {"conv_kernel": 1}, "mamba.conv_kernel=1 sees no earlier token"),
-        ("M", {"dt_min": 0.2}, "mamba.dt_min=0.2 must not exceed mamba.dt_max=0.1"),
-        ("M", {"dt_limit_min": 0.2, "dt_limit_max": 0.1}, "mamba.dt_limit_min=0.2 must not exceed mamba.dt_limit_max=0.1"),
-        ("L", {"n_heads": 3}, "d_model=32 is not a multiple of linear_attention.n_heads=3; set linear_attention.head_dim"),
+        ("M", {"n_groups": 3}, "model.mamba.n_groups=3 does not divide the 16 heads"),
+        ("M", {"head_dim": 5}, r"model.mamba.d_inner=64 \(2 x model.d_model\) is not a multiple of model.mamba.head_dim=5"),
+        ("M", {"d_inner": 30}, "model.mamba.d_inner=30 is not a multiple of model.mamba.head_dim=4"),
+        ("M", {"conv_kernel": 1}, "model.mamba.conv_kernel=1 sees no earlier token"),
+        ("M", {"dt_min": 0.2}, "model.mamba.dt_min=0.2 must not exceed model.mamba.dt_max=0.1"),
+        ("M", {"dt_limit_min": 0.2, "dt_limit_max": 0.1}, r"dt_limit_min=0.2 must not exceed model.mamba.dt_limit_max"),
+        ("L", {"n_heads": 3}, "multiple of model.linear_attention.n_heads=3; set model.linear_attention.head_dim"),
     ],
 )
 def test_settings_that_do_not_fit(symbol: str, settings: dict, message: str) -> None:
@@ -164,5 +164,5 @@ def test_runs_that_do_not_fit() -> None:
         check_layout({"M", "-"}, "striped", 2)
     check_layout({"*"}, "striped", 2)
     check_layout({"M"}, "striped", 1)
-    with pytest.raises(ValueError, match=r"set linear_attention.norm=head, or parallel.tp=1 instead of 2"):
+    with pytest.raises(ValueError, match=r"set model.linear_attention.norm=head, or parallel.tp=1 instead of 2"):
         LinearAttentionConfig(norm="whole").check_run(2)

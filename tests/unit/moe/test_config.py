@@ -17,15 +17,15 @@ def test_expert_choice_is_refused_with_the_reason() -> None:
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"n_experts": 4, "top_k": 5}, r"top_k=5 exceeds the 4 experts that a token can reach \(moe.n_experts\)"),
-        ({"n_experts": 8, "router": RouterConfig(groups=3)}, "n_experts=8 is not a multiple of moe.router.groups=3"),
+        ({"n_experts": 4, "top_k": 5}, r"top_k=5 exceeds the 4 experts that a token can reach \(model.moe.n_experts\)"),
+        ({"n_experts": 8, "router": RouterConfig(groups=3)}, "n_experts=8 is not a multiple of model.moe.router.groups=3"),
         ({"n_experts": 8, "top_k": 3, "router": RouterConfig(groups=4)}, "exceeds the 2 experts"),
         ({"n_experts": 8, "top_k": 1, "router": RouterConfig(groups=8)}, "use max"),
         (
             {"top_k": 3, "router": RouterConfig(groups=2, top_groups=2, group_score="top_k_over_groups")},
             "top_k=3 is not a multiple of",
         ),
-        ({"shared_gate": True}, "set moe.shared_d_ff"),
+        ({"shared_gate": True}, "set model.moe.shared_d_ff"),
     ],
 )
 def test_shapes(fields: dict, message: str) -> None:
@@ -34,13 +34,13 @@ def test_shapes(fields: dict, message: str) -> None:
 
 
 def test_more_groups_than_there_are() -> None:
-    with pytest.raises(ValidationError, match=r"top_groups=3 exceeds moe.router.groups=2"):
+    with pytest.raises(ValidationError, match=r"top_groups=3 exceeds model.moe.router.groups=2"):
         RouterConfig(groups=2, top_groups=3)
 
 
 def test_more_heads_than_there_are() -> None:
     heads = AttentionConfig(n_heads=4, routed_heads=RoutedHeadsConfig(shared=2, top_k=3))
-    with pytest.raises(ValidationError, match=r"shared=2 and top_k=3 heads are more than attention.n_heads=4"):
+    with pytest.raises(ValidationError, match=r"shared=2 and top_k=3 heads are more than model.attention.n_heads=4"):
         ModelConfig(pattern="*", d_model=32, vocab_size=8, attention=heads)
 
 
