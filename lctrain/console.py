@@ -23,6 +23,11 @@ def say(text: str = "", style: str | None = None) -> None:
     console.print(text, style=style, markup=False, soft_wrap=True)
 
 
+def counted(number: int, what: str) -> str:
+    """`1 case`, `1,280 cases`."""
+    return f"{number:,} {what}{'' if number == 1 else 's'}"
+
+
 def warn(text: str) -> None:
     """Print a warning to standard error."""
     errors.print(f"warning: {text}", style="yellow", markup=False, soft_wrap=True)

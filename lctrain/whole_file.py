@@ -7,6 +7,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+from lctrain.errors import UserError
+
 
 def write_text(path: Path, text: str) -> None:
     """Replace `path` by a file with this text, on disk before it is visible."""
@@ -26,6 +28,15 @@ def write_text(path: Path, text: str) -> None:
 def write_json(path: Path, value: Any) -> None:
     """`write_text` of an indented JSON document."""
     write_text(path, json.dumps(value, indent=1, allow_nan=False) + "\n")
+
+
+def check_output(setting: str, value: str | None) -> None:
+    """UserError now rather than after an hour of work, if a file that the user has asked for could not be written."""
+    if value is None:
+        return
+    path = Path(value)
+    if path.is_dir() or not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
+        raise UserError(f"{setting}={value}: not a file in an existing folder that can be written to")
 
 
 def sync_folder(folder: Path) -> None:

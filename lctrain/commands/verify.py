@@ -27,19 +27,19 @@ def _layout(args: list[str]) -> int:
     Loss, gradient norm, every gradient, weights after some optimizer steps, a leak probe between packed documents, and
     checkpoints. The pattern of blocks, the grid of processes and all options stay as they are; widths, depth and length shrink.
     Without a layout (one process) the model is proved on a grid of context- and expert-parallel layouts; --all proves
-    the standard matrix. Exit status 1 if anything differs.
+    the standard matrix. Exit status 1 if anything differs. Beside the settings below it takes all of `lctrain train`.
 
       lctrain verify layout model=llama3_8b parallel.dp=4 parallel.cp=8 parallel.attention=usp
       lctrain verify layout model=hybrid_tiny
       lctrain verify layout --all verify.only=fsdp
     """
     from lctrain.config.load import load
-    from lctrain.config.verify import LayoutVerifyConfig
+    from lctrain.config.verify import LayoutVerifyRoot
 
-    mine = [arg.removeprefix("verify.") for arg in args if arg.startswith("verify.")]
+    mine = [arg for arg in args if arg.startswith("verify.") or arg in ("-h", "--help")]
     if "--all" in args:
-        mine.append("all=true")
-    options = load(LayoutVerifyConfig, "verify_layout", mine)
+        mine.append("verify.all=true")
+    options = load(LayoutVerifyRoot, "verify_layout", mine).verify
     from lctrain.verify.layout.prove import verify_layout
 
     return verify_layout([arg for arg in args if not arg.startswith("verify.") and arg != "--all"], options)

@@ -58,7 +58,7 @@ class BlocksVerifyConfig(Strict):
 
 
 class LayoutVerifyConfig(Strict):
-    """`lctrain verify layout`: how the proof is made; what is proved is a config of `lctrain train`."""
+    """How a layout is proved."""
 
     processes: Annotated[int, Field(ge=1, le=64)] = 8
     """Most processes to start; a larger layout is made smaller, dimension by dimension, and the report says how."""
@@ -78,3 +78,10 @@ class LayoutVerifyConfig(Strict):
     """With --all: ten of its layouts."""
     only: str | None = None
     """With --all: layouts whose name contains this text."""
+
+
+class LayoutVerifyRoot(Strict):
+    """`lctrain verify layout`: its own settings beside those of `lctrain train`, which say what is proved."""
+
+    verify: LayoutVerifyConfig = LayoutVerifyConfig()
+    """How the proof is made."""

@@ -6,28 +6,28 @@ import time
 from collections.abc import Iterator
 
 from lctrain.config.verify import AttentionVerifyConfig
-from lctrain.console import progress, say
+from lctrain.console import counted, progress, say
 from lctrain.errors import UserError
 from lctrain.launch.ranks import RankError, run_ranks
 from lctrain.verify.exact import Results, exact, one_process
 from lctrain.verify.judge import TENSORS, Verdict, error_of, judge
 from lctrain.verify.matrix import Case, cases, problems
-from lctrain.verify.output import check_output
 from lctrain.verify.problem import Problem
 from lctrain.verify.rank import run_cases
 from lctrain.verify.report import Report
+from lctrain.whole_file import check_output
 
 
 def verify_attention(config: AttentionVerifyConfig) -> int:
     """Run the matrix, print the report; returns 1 if any case fails."""
-    check_output(config.output)
+    check_output("output", config.output)
     matrix = [
         (problem, [list(cases(config, i, problem, cp)) for cp in config.cp]) for i, problem in enumerate(problems(config))
     ]
     total = sum(len(group) for _, groups in matrix for group in groups)
     if not total:
         raise UserError(f"strategies={','.join(config.strategies or ())} cp={','.join(map(str, config.cp))}: no case fits both")
-    say(f"{total:,} cases on {', '.join(map(str, config.cp))} processes, each against one process in fp64")
+    say(f"{counted(total, 'case')} on {', '.join(map(str, config.cp))} processes, each against one process in fp64")
     report = Report()
     with progress("verify attention", total, "cases") as advance:
         for problem, groups in matrix:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from lctrain.config.verify import AttentionVerifyConfig
-from lctrain.console import say, table
+from lctrain.console import counted, say, table
 from lctrain.environment import describe_environment
 from lctrain.verify.judge import BF16_BAR, FP32_BAR, POOLED, TENSORS, Verdict, pooled_failures, pooled_ratio, worst
 from lctrain.verify.output import finite, store_report
@@ -77,7 +77,7 @@ class Report:
         if not failures:
             say("every case passed; bytes sent were those planned in each of them", style="green")
             return
-        say(f"\n{len(failures)} failures" + (f", the first {SHOWN}:" if len(failures) > SHOWN else ":"), style="red")
+        say("\n" + counted(len(failures), "failure") + (f", the first {SHOWN}:" if len(failures) > SHOWN else ":"), style="red")
         for what, command in failures[:SHOWN]:
             say(f"  {what}\n    {command}")
 

@@ -15,12 +15,13 @@ from typing import Any, NamedTuple
 import torch
 
 from lctrain.config.verify import BlocksVerifyConfig
-from lctrain.console import progress, say, table
+from lctrain.console import counted, progress, say, table
 from lctrain.environment import describe_environment
 from lctrain.errors import UserError
 from lctrain.verify.blocks.compare import Case
 from lctrain.verify.blocks.huggingface import Skipped
-from lctrain.verify.output import check_output, finite, store_report
+from lctrain.verify.output import finite, store_report
+from lctrain.whole_file import check_output
 
 BAR = 1e-5
 """Largest relative error in fp32."""
@@ -52,9 +53,9 @@ class Verdict(NamedTuple):
 
 def verify_blocks(config: BlocksVerifyConfig) -> int:
     """Run the cases, print the report; returns 1 if any fails."""
-    check_output(config.output)
+    check_output("output", config.output)
     chosen = _chosen(config)
-    say(f"{len(chosen)} cases, fp32, one process: outputs and all gradients, relative error at most {BAR:.0e}")
+    say(f"{counted(len(chosen), 'case')}, fp32, one process: outputs and all gradients, relative error at most {BAR:.0e}")
     verdicts = []
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # tensors are tiny: more threads only wait for each other

@@ -25,7 +25,7 @@ from lctrain.models.place import parameter_places
 from lctrain.run_dir import RunDir
 from lctrain.verify.layout.judge import Check, judge, leak
 from lctrain.verify.layout.rank import CPU, Findings, load_checkpoint, prove
-from lctrain.verify.layout.report import LayoutReport, print_matrix, print_one, store
+from lctrain.verify.layout.report import LayoutReport, check_place, print_matrix, print_one, store
 from lctrain.verify.layout.samples import MadeSamples
 from lctrain.verify.layout.shrink import reference_of, shrink
 from lctrain.verify.layout.standard import MATRIX, QUICK, grid_of, load_layout
@@ -40,9 +40,11 @@ def verify_layout(overrides: list[str], options: LayoutVerifyConfig) -> int:
         layouts = {name: load_layout(MATRIX[name]) for name in names}
         if not layouts:
             raise UserError(f"verify.only={options.only}: no layout has that in its name; there are {', '.join(MATRIX)}")
+        check_place(options, None)
         return _many(layouts, options, None)
     config = load(TrainConfig, "train", overrides)
     run = RunDir(config.run_dir).path
+    check_place(options, run)
     if config.processes > 1:
         with progress("verify layout", 1, "layouts") as advance, Prover(options) as prover:
             report = prover.prove(_name(config), config)
@@ -51,7 +53,7 @@ def verify_layout(overrides: list[str], options: LayoutVerifyConfig) -> int:
         store([report], options, run)
         return int(not report.passed)
     grid = {name: load(TrainConfig, "train", [*overrides, *words]) for name, words in grid_of(config).items()}
-    say(f"one process is no layout: {config.model.name} is proved on {len(grid)} of up to 4 processes")
+    say(f"one process is no layout: {config.model.name} is proved on {len(grid)} layouts of up to 4 processes")
     return _many(grid, options, run)
 
 

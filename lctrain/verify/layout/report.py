@@ -10,8 +10,9 @@ from lctrain.config.schema import TrainConfig
 from lctrain.config.verify import LayoutVerifyConfig
 from lctrain.console import say, table
 from lctrain.environment import describe_environment
+from lctrain.errors import UserError
 from lctrain.verify.layout.judge import Check
-from lctrain.whole_file import write_json
+from lctrain.whole_file import check_output, write_json
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,12 +95,21 @@ def print_matrix(reports: list[LayoutReport]) -> None:
         say(f"all {len(reports)} layouts compute what one process computes", style="green")
 
 
+def check_place(options: LayoutVerifyConfig, run: Path | None) -> None:
+    """UserError now rather than after the proof, if its report could not be written; makes the run directory if need be."""
+    check_output("verify.output", options.output)
+    if options.output is None and run is not None:
+        try:
+            run.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"run_dir={run} cannot be used: {error.strerror}; choose another run_dir") from None
+
+
 def store(reports: list[LayoutReport], options: LayoutVerifyConfig, run: Path | None) -> None:
     """The report as JSON: where the user wants it, else in the run directory."""
     path = Path(options.output) if options.output is not None else run and run / "verify_layout.json"
     if path is None:
         return
-    path.parent.mkdir(parents=True, exist_ok=True)
     results = [
         {
             "layout": report.name,

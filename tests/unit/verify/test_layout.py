@@ -6,9 +6,10 @@ import pytest
 import torch
 
 from lctrain.commands.verify import main
+from lctrain.config.arguments import HelpRequested
 from lctrain.config.load import load
 from lctrain.config.schema import TrainConfig
-from lctrain.config.verify import LayoutVerifyConfig
+from lctrain.config.verify import LayoutVerifyConfig, LayoutVerifyRoot
 from lctrain.engines.base import StepResult
 from lctrain.errors import UserError
 from lctrain.models.place import Family, Place
@@ -153,3 +154,23 @@ def test_mistakes_are_told() -> None:
         main(["layout", "--all", "verify.only=nonsense"])
     with pytest.raises(UserError, match=r"is not a multiple of parallel.cp=3"):
         main(["layout", "parallel.cp=3", "launcher.processes=4"])
+    with pytest.raises(UserError, match=r"^verify.processes=0: must be a whole number at least 1"):
+        main(["layout", "parallel.cp=2", "verify.processes=0"])
+    with pytest.raises(UserError, match=r"^unknown setting verify.procesess .*did you mean verify.processes\?"):
+        main(["layout", "parallel.cp=2", "verify.procesess=2"])
+
+
+def test_a_report_that_could_not_be_written_is_refused_before_the_proof(tmp_path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"^verify.output=.*/no/such.json: not a file in an existing folder"):
+        main(["layout", "parallel.cp=2", f"run_dir={tmp_path}", f"verify.output={tmp_path}/no/such.json"])
+    with pytest.raises(UserError, match=r"^verify.output=.*/no/such.json: not a file in an existing folder"):
+        main(["layout", "--all", f"verify.output={tmp_path}/no/such.json"])
+    with pytest.raises(UserError, match=r"^run_dir=.*/file/run cannot be used: Not a directory; choose another run_dir"):
+        main(["layout", "parallel.cp=2", f"run_dir={tmp_path}/file/run"])
+
+
+def test_help_shows_the_settings_of_the_proof() -> None:
+    with pytest.raises(HelpRequested) as request:
+        main(["layout", "model=tiny", "--help"])
+    assert request.value.schema is LayoutVerifyRoot
