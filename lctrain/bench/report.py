@@ -7,21 +7,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from lctrain import whole_file
 from lctrain.config.bench import BenchConfig, PeersBenchConfig
 from lctrain.config.bench_checkpoint import CheckpointBenchConfig
+from lctrain.config.bench_plan import PlanBenchConfig
 from lctrain.console import say
 from lctrain.environment import describe_environment
-from lctrain.errors import UserError
-from lctrain.whole_file import write_json
 
 
-def check_output(config: BenchConfig | PeersBenchConfig | CheckpointBenchConfig) -> None:
+def check_output(config: BenchConfig | PeersBenchConfig | CheckpointBenchConfig | PlanBenchConfig) -> None:
     """UserError now rather than after an hour of measuring, if the results could not be written."""
-    if config.output is None:
-        return
-    path = Path(config.output)
-    if path.is_dir() or not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
-        raise UserError(f"output={config.output}: not a file in an existing folder that can be written to")
+    whole_file.check_output("output", config.output)
 
 
 def introduce_machine() -> dict[str, Any]:
@@ -35,7 +31,7 @@ def introduce_machine() -> dict[str, Any]:
 
 
 def store(
-    config: BenchConfig | PeersBenchConfig | CheckpointBenchConfig,
+    config: BenchConfig | PeersBenchConfig | CheckpointBenchConfig | PlanBenchConfig,
     benchmark: str,
     machine: dict[str, Any],
     results: Sequence[dict[str, Any]],
@@ -44,7 +40,7 @@ def store(
     if config.output is None:
         return
     settings = config.model_dump(mode="json", exclude={"output"})
-    write_json(
+    whole_file.write_json(
         Path(config.output), {"benchmark": benchmark, "settings": settings, "machine": machine, "results": list(results)}
     )
     say(f"results in {config.output}")

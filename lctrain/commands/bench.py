@@ -1,11 +1,12 @@
 """Measure speed, memory and traffic, side by side with what others would use.
 
-usage: lctrain bench {step,attention,simulate,ssd,moe,convert,checkpoint} [name=value ...]
+usage: lctrain bench {step,attention,simulate,plan,ssd,moe,convert,checkpoint} [name=value ...]
 
   lctrain bench step model=small seq=1024,4096
   lctrain bench attention strategies=ring,all_gather cp=2,4 seq=8192,16384
   lctrain bench attention --peers
   lctrain bench simulate cp=2,4 seq=4096,8192
+  lctrain bench plan
   lctrain bench ssd seq=8192,16384
   lctrain bench moe experts=8,64
   lctrain bench checkpoint mb=1000
@@ -23,6 +24,7 @@ def main(args: list[str]) -> int:
         "step": _step,
         "attention": _attention,
         "simulate": _simulate,
+        "plan": _plan,
         "ssd": _ssd,
         "moe": _moe,
         "checkpoint": _checkpoint,
@@ -89,6 +91,25 @@ def _simulate(args: list[str]) -> int:
     from lctrain.bench.simulate import bench_simulate
 
     return bench_simulate(config)
+
+
+def _plan(args: list[str]) -> int:
+    """Measure this machine, plan some layouts on it, and say how far steps and memory of the real engines are from that.
+
+    usage: lctrain bench plan [model=small] [seq=2048] [cases=fsdp2,tp2] [name=value ...]
+
+    Exit status 1 if bytes of weights, gradients or optimizer state are not those planned.
+
+      lctrain bench plan
+      lctrain bench plan model=tiny seq=1024 steps=5 output=plan.json
+    """
+    from lctrain.config.bench_plan import PlanBenchConfig
+    from lctrain.config.load import load
+
+    config = load(PlanBenchConfig, "bench_plan", args)
+    from lctrain.bench.plan import bench_plan
+
+    return bench_plan(config)
 
 
 def _ssd(args: list[str]) -> int:

@@ -22,3 +22,10 @@ class PlanConfig(Strict):
     """search: layouts to print."""
     output: str | None = None
     """JSON file for the plan, or for all layouts found."""
+
+
+class PlanSettings(Strict):
+    """What `lctrain plan` has beside the settings of `lctrain train`."""
+
+    plan: PlanConfig = PlanConfig()
+    """How the plan is made."""

@@ -6,16 +6,18 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from functools import cached_property
 
-from lctrain.attention_choice import attention_kinds, cluster_of, describe_strategy
+from lctrain.attention_choice import attention_kinds, attention_shapes, cluster_of, describe_strategy
 from lctrain.config.cluster import ClusterConfig
 from lctrain.config.deepspeed import checked_config
 from lctrain.config.schema import TrainConfig
 from lctrain.devices import choose_device, published_flops
 from lctrain.errors import UserError
 from lctrain.models.size import Size, model_size
+from lctrain.parallel.strategy import Strategy
 from lctrain.plan.cost import PartCost, StaticMemory
 from lctrain.plan.layers import Layers
 from lctrain.plan.memory import StageMemory, stage_memory
+from lctrain.plan.static import static_memory
 from lctrain.plan.step_time import StepTime
 from lctrain.plan.timing import Timing
 
@@ -74,15 +76,13 @@ class Plan:
 
 
 def make_plan(
-    config: TrainConfig, reserve: float = 0.1, rehearse: Rehearse | None = None, static: Static | None = None
+    config: TrainConfig, reserve: float = 0.1, rehearse: Rehearse | None = None, static: Static = static_memory
 ) -> Plan:
     """Rehearse the model and add up. UserError for what cannot be planned."""
     cluster = planned_cluster(config)
     assert cluster.device is not None
     config = config.model_copy(update={"cluster": cluster})
     check_plannable(config)
-    if static is None:
-        from lctrain.plan.static import static_memory as static
     layers = Layers(config)
     statics = {stage.index: static(config, stage.index) for stage in layers.stages}
     costs = (rehearse or rehearsed)(config)
@@ -94,10 +94,17 @@ def make_plan(
     length = config.trainer.seq_len
     flops = 3 * config.trainer.global_batch * layers.model.flops(((0, length),))
     strategies = {
-        symbol: describe_strategy(timing.strategies[kind]) for symbol, kind in attention_kinds(config).items() if config.cp > 1
+        symbol: describe_strategy(settled(timing.strategies[kind], config.cp, attention_shapes(config)[kind].n_kv_heads))
+        for symbol, kind in attention_kinds(config).items()
+        if config.cp > 1
     }
     limit = cluster.device.memory_gb * 1e9 * (1 - reserve)
     return Plan(config, cluster, model_size(config.model), flops, memory, timing.step(times), sent, strategies, limit)
+
+
+def settled(strategy: Strategy, ranks: int, kv_heads: int) -> Strategy:
+    """With numbers where the strategy leaves degrees open."""
+    return dataclasses.replace(strategy, ulysses=strategy.group_size(ranks, kv_heads), node=strategy.node_size(ranks))
 
 
 def rehearsed(config: TrainConfig) -> Mapping[str, PartCost]:

@@ -24,7 +24,7 @@ MEGATRON_BUCKET = 40_000_000
 
 
 class Replicated(NamedTuple):
-    """Bytes sent, in which part of the step (forward, backward: of every micro-batch), and whether computation goes on meanwhile."""
+    """Bytes sent, when in a step (forward, backward: of every micro-batch), and whether computing goes on beside it."""
 
     sent: Sent
     when: When
