@@ -39,6 +39,7 @@ _NO_KERNEL = {
     _aten.new_empty,
     _aten.new_empty_strided,
     _aten.lift_fresh,
+    _aten.scalar_tensor,
     _aten._local_scalar_dense,
 }
 """Allocate or read, but run nothing on a device."""
@@ -135,7 +136,7 @@ class CostCounter(TorchDispatchMode):
             if not self._told:
                 self._collective(func, args)
             return result
-        results = [x for x in tree_leaves(result) if isinstance(x, Tensor)]
+        results = [result] if isinstance(result, Tensor) else [x for x in tree_leaves(result) if isinstance(x, Tensor)]
         if not results:
             return result
         given = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
@@ -145,6 +146,8 @@ class CostCounter(TorchDispatchMode):
             self.track(tensor)
         packet = func.overloadpacket
         if (fresh or func._schema.is_mutable) and packet not in _NO_KERNEL and packet not in ATTENTION_KERNELS:
+            if packet is _aten.copy_ and _bytes(args[1]) == args[1].element_size():  # what filling is on the meta device
+                packet = _aten.fill_
             self.operation(str(packet), _flops(packet, args, kwargs, result), _moved(func, given, fresh, args, kwargs))
         return result
 

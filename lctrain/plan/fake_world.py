@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from unittest.mock import patch
 
 import torch.distributed as dist
 
@@ -15,10 +16,13 @@ def fake_world(size: int, rank: int = 0) -> Iterator[None]:
     Process groups can be made, and collectives be called on tensors of any kind; the contents of what they give are undefined.
     """
     assert not dist.is_initialized(), "a rehearsal would disturb the process group that this process belongs to"
+    import torch.distributed._tools.fake_collectives  # noqa: F401  (gives the collectives a form for tensors on "meta")
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
-    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=size)
-    try:
-        yield
-    finally:
-        dist.destroy_process_group()
+    devices = dist.Backend.backend_capability
+    with patch.dict(devices, {"fake": [*devices["fake"], "meta"]}):
+        dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=size)
+        try:
+            yield
+        finally:
+            dist.destroy_process_group()

@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lctrain.attention_choice import attention_strategies
 from lctrain.config.schema import TrainConfig
@@ -35,10 +34,13 @@ from lctrain.plan.cost import PartCost
 from lctrain.plan.counted_group import counted, direct_dimensions
 from lctrain.plan.counting import CostCounter
 from lctrain.plan.fake_world import fake_world
-from lctrain.plan.stand_ins import KnownTokens, attention_marked, fake_tensors_suffice, known, without_data
+from lctrain.plan.stand_ins import attention_marked, known, shapes_suffice
 
 EMBEDDING, LOSS = "embedding", "loss"
 """Names of the parts that are no sublayers."""
+
+RECURRENT = ("M", "L")
+"""Symbols of mixers that have no masks."""
 
 
 def rehearse(config: TrainConfig, length: int | None = None, on_cuda: bool = True) -> dict[str, PartCost]:
@@ -59,14 +61,9 @@ def rehearse(config: TrainConfig, length: int | None = None, on_cuda: bool = Tru
         groups = config.mesh(0, config.processes).make_groups()
         counter = CostCounter(direct_dimensions(groups))
         groups = counted(groups, counter)
-        seq = make_sequence(config, groups, length or config.trainer.seq_len)
-        mode = FakeTensorMode()
-        for key, tokens in seq._made.items():
-            assert isinstance(tokens, KnownTokens)
-            seq._made[key] = without_data(tokens, mode)
-        seq.positions = mode.from_tensor(seq.positions, static_shapes=True)
-        with mode, fake_tensors_suffice(counter, on_cuda):
-            return Rehearsal(config, build(config, groups), seq, counter).parts()
+        seq = make_sequence(config, groups, length or config.trainer.seq_len, torch.device("meta"))
+        with shapes_suffice(counter, on_cuda, tensor_parallel=config.parallel.tp > 1):
+            return Rehearsal(config, build(config, groups, torch.device("meta")), seq, counter).parts()
 
 
 def check_rehearsable(config: TrainConfig) -> None:
@@ -79,7 +76,7 @@ def check_rehearsable(config: TrainConfig) -> None:
         )
 
 
-def make_sequence(config: TrainConfig, groups: MeshGroups, length: int) -> SequenceMeta:
+def make_sequence(config: TrainConfig, groups: MeshGroups, length: int, device: torch.device) -> SequenceMeta:
     """A micro-batch of whole rows of one document each, as the engines describe it to layers."""
     rows = config.trainer.micro_batch
     borders = ((0, length),) * rows
@@ -87,18 +84,19 @@ def make_sequence(config: TrainConfig, groups: MeshGroups, length: int) -> Seque
     positions = layout.shard(document_positions(borders, length), groups.cp.rank, 1, 0)
     strategies = attention_strategies(config, torch.device("cpu"))
     facts: dict[str, Any] = {"samples": tuple(range(rows)), "tasks": ((0,),) * rows}
-    seq = SequenceMeta(layout, groups.cp, positions, borders, strategies, **facts)
+    seq = SequenceMeta(layout, groups.cp, positions.to(device), borders, strategies, **facts)
     part = shard_length(layout.local_length, groups.tp.size), groups.tp.rank
-    seq.once(("tokens", *part, torch.device("cpu")), lambda: known(_local_tokens(seq, *part)))
+    seq.once(("tokens", *part, device), lambda: known(_local_tokens(seq, *part), device))
     return seq
 
 
-def build(config: TrainConfig, groups: MeshGroups) -> LanguageModel:
+def build(config: TrainConfig, groups: MeshGroups, device: torch.device) -> LanguageModel:
     """A model with one sublayer of every kind, its weights in the dtypes and with the gradients that the engine gives them."""
     symbols = dict.fromkeys(layer.symbol for layer in parse_pattern(config.model.pattern))
     dtype, checkpointing = DTYPES[config.engine.dtype], config.engine.activation_checkpointing == "layer"
     parallel = ModelParallel(groups.tp, groups.ep, groups.etp, groups.dp_cp)
-    model = LanguageModel(config.model.model_copy(update={"pattern": "".join(symbols)}), dtype, checkpointing, parallel)
+    with device:
+        model = LanguageModel(config.model.model_copy(update={"pattern": "".join(symbols)}), dtype, checkpointing, parallel)
     places = parameter_places(model)
     for name, parameter in model.named_parameters():
         if config.engine.name != "megatron":
@@ -106,7 +104,7 @@ def build(config: TrainConfig, groups: MeshGroups) -> LanguageModel:
             continue
         if dtype == torch.bfloat16 and places[name].narrows:
             parameter.data = parameter.data.to(dtype)
-        total = torch.zeros(parameter.shape)
+        total = torch.zeros(parameter.shape, device=device)
         parameter.register_post_accumulate_grad_hook(_adds_to(total))
     return model
 
@@ -126,6 +124,7 @@ class Rehearsal:
 
     def __init__(self, config: TrainConfig, model: LanguageModel, seq: SequenceMeta, counter: CostCounter) -> None:
         self.config, self.model, self.seq, self.counter = config, model, seq, counter
+        self.device = seq.positions.device
         self.rows, self.tokens = seq.positions.shape
         self.ids = torch.zeros_like(seq.positions)
         self.shape = (self.rows, shard_length(self.tokens, model.parallel.tp.size), config.model.d_model)
@@ -137,7 +136,7 @@ class Rehearsal:
             symbols = [spec.symbol for spec in parse_pattern(self.model.config.pattern)]
             for symbol, layer in zip(symbols, self.model.layers, strict=True):
                 if symbol in TOKEN_MIXERS:
-                    self._part(symbol, layer)  # makes what layers share
+                    self._share(symbol, layer)
                 before = self.counter.live
                 found[symbol] = self._part(symbol, layer)
                 assert self.counter.live == before, f"{symbol} leaves {self.counter.live - before} bytes behind"
@@ -147,20 +146,28 @@ class Rehearsal:
             found[LOSS] = self._part(LOSS, None)
         return found
 
+    def _share(self, symbol: str, layer: Sublayer) -> None:
+        """A pass that makes what all layers share: rotary angles and starts of documents, and masks, some only in backward."""
+        if symbol in RECURRENT:
+            with torch.no_grad():
+                self.model.through(layer, self._input(symbol), self.seq)
+        else:
+            self._part(symbol, layer)
+
     def _part(self, name: str, layer: Sublayer | None) -> PartCost:
         """Forward and backward pass of one part between other parts, which hold nothing of what passes between them."""
         counter, results, known = self.counter, [], self.counter.live
         x = self._input(name)
         begun, alive = counter.live, weakref.ref(x.untyped_storage())
         counter.begin()
-        y = self._run(name, layer, _Entrance.apply(x, torch.zeros((), requires_grad=True), results))
+        y = self._run(name, layer, _Entrance.apply(x, torch.zeros((), device=self.device, requires_grad=True), results))
         passed, edge = y.nbytes, torch.autograd.graph.get_gradient_edge(_Exit.apply(y))
         shape, dtype = y.shape, y.dtype
         del x, y
         kept = counter.live - known
         forward = counter.cost(held=known + kept if alive() is not None else begun + kept)
         counter.begin()
-        torch.autograd.backward([edge], [torch.zeros((), dtype=dtype).expand(shape)])
+        torch.autograd.backward([edge], [torch.zeros((), dtype=dtype, device=self.device).expand(shape)])
         backward = counter.cost(held=known + kept + passed)
         del edge
         results.clear()
@@ -168,7 +175,7 @@ class Rehearsal:
         return PartCost(name, forward, backward, kept)
 
     def _input(self, name: str) -> Tensor:
-        return torch.empty(() if name == EMBEDDING else self.shape, dtype=self.model.dtype)
+        return torch.empty(() if name == EMBEDDING else self.shape, dtype=self.model.dtype, device=self.device)
 
     def _run(self, name: str, layer: Sublayer | None, x: Tensor) -> Tensor:
         if layer is not None:
@@ -202,4 +209,4 @@ class _Exit(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> Tensor:
-        return torch.empty(dy.shape, dtype=dy.dtype)
+        return torch.empty(dy.shape, dtype=dy.dtype, device=dy.device)

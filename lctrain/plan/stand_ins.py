@@ -1,4 +1,4 @@
-"""What takes the place of code that a rehearsal on fake CPU tensors could not run, or would run otherwise than a GPU does."""
+"""What takes the place of code that would read data, or would run otherwise than on a GPU, in a rehearsal on meta tensors."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ import contextlib
 import dataclasses
 from collections.abc import Callable, Iterator
 from functools import lru_cache
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.autograd.function import once_differentiable
 
 from lctrain.kernels.attention import fused as attention
@@ -36,15 +36,10 @@ class KnownTokens(Tokens):
         return self.known_total
 
 
-def known(tokens: Tokens) -> KnownTokens:
-    """The same tokens."""
-    return KnownTokens(**vars(tokens), known_total=tokens.total)
-
-
-def without_data(tokens: KnownTokens, mode: FakeTensorMode) -> KnownTokens:
-    """The same as fake tensors."""
-    tensors = {name: x for name, x in vars(tokens).items() if isinstance(x, Tensor)}
-    return dataclasses.replace(tokens, **{name: mode.from_tensor(x, static_shapes=True) for name, x in tensors.items()})
+def known(tokens: Tokens, device: torch.device) -> KnownTokens:
+    """The same tokens, on a device that may hold no data."""
+    tensors = {name: None if x is None else x.to(device) for name, x in vars(tokens).items()}
+    return KnownTokens(**tensors, known_total=tokens.total)  # type: ignore[arg-type]
 
 
 @contextlib.contextmanager
@@ -66,10 +61,10 @@ def attention_marked(counter: CostCounter) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def fake_tensors_suffice(counter: CostCounter, on_cuda: bool) -> Iterator[None]:
-    """Inside, the model runs on fake tensors, routing is even, and with on_cuda every fake tensor says that it lies on a GPU.
+def shapes_suffice(counter: CostCounter, on_cuda: bool, tensor_parallel: bool) -> Iterator[None]:
+    """Inside, the model runs on meta tensors, routing is even, and with on_cuda every tensor says that it lies on a GPU.
 
-    A fake tensor cannot really lie on one: torch's autograd wants a driver even then.
+    FakeTensor, torch's own pretence, costs ten times as much per operator, and cannot say so either: autograd wants a driver.
     """
 
     def rows_times(x: Tensor, matrices: Tensor, ends: Tensor) -> Tensor:
@@ -77,7 +72,7 @@ def fake_tensors_suffice(counter: CostCounter, on_cuda: bool) -> Iterator[None]:
         moved = x.nbytes + matrices.nbytes + ends.nbytes + y.nbytes
         counter.operation("aten._grouped_mm", 2 * x.numel() * matrices.shape[2], moved)
         if on_cuda:
-            y.masked_fill_((torch.arange(len(y)) >= ends[-1])[:, None], 0)
+            y.masked_fill_((torch.arange(len(y), device=y.device) >= ends[-1])[:, None], 0)
         return y
 
     def outer_products(a: Tensor, b: Tensor, ends: Tensor) -> Tensor:
@@ -97,7 +92,7 @@ def fake_tensors_suffice(counter: CostCounter, on_cuda: bool) -> Iterator[None]:
         "lctrain.kernels.grouped_linear.fused.rows_times": rows_times,
         "lctrain.kernels.grouped_linear.fused.outer_products": outer_products,
         "lctrain.models.moe.moe.permutation": routing.permutation,
-        "lctrain.kernels.attention.fused._mask": lru_cache(attention._mask.__wrapped__),  # fake masks must be forgotten
+        "lctrain.kernels.attention.fused._mask": lru_cache(attention._mask.__wrapped__),  # a plan does not know what ran before
     }
     if on_cuda:
         replaced["lctrain.models.layers.rms_norm"] = rms_norm
@@ -105,8 +100,15 @@ def fake_tensors_suffice(counter: CostCounter, on_cuda: bool) -> Iterator[None]:
         for name, stand_in in replaced.items():
             stack.enter_context(patch(name, stand_in))
         stack.enter_context(patch.object(Dispatch, "plan", routing.plan))
+        if tensor_parallel:
+            from megatron.core.tensor_parallel import mappings
+
+            from lctrain.models import megatron_layers  # noqa: F401  (which prepares the mappings for machines without CUDA)
+
+            here = SimpleNamespace(current_device=lambda: torch.device("meta"))
+            stack.enter_context(patch.object(mappings.torch, "cuda", here))
         if on_cuda:
-            stack.enter_context(patch.object(FakeTensor, "is_cuda", True, create=True))
+            stack.enter_context(patch.object(Tensor, "is_cuda", True))
         yield
 
 
@@ -159,5 +161,5 @@ class _EvenRouting:
         receive = (send[ep.rank],) * ep.size
         slices = (sum(receive),) * etp.size
         ends = gathered.sum(0).cumsum(0).to(torch.int32)
-        order = torch.argsort(torch.empty(sum(slices), dtype=torch.int64), stable=True)
+        order = torch.argsort(counts.new_empty(sum(slices)), stable=True)
         return Dispatch(ep, etp, ends, order, send, receive, slices)

@@ -166,11 +166,11 @@ def real_parts(rank: int, size: int, case: Case) -> dict[str, Any]:
     plain = config.mesh(rank, size).make_groups()
     counter = CostCounter(direct_dimensions(plain))
     groups = counted(plain, counter)
-    seq = make_sequence(config, groups, case.length)
+    seq = make_sequence(config, groups, case.length, torch.device("cpu"))
     torch.manual_seed(0)
     fused._mask.cache_clear()
     with patch("lctrain.kernels.routed_mlp.blocked.suits", lambda x: False), directly() as direct, settled():
-        model = build(config, groups)
+        model = build(config, groups, torch.device("cpu"))
         for module in model.modules():
             if isinstance(module, Router):
                 module.settle = evenly

@@ -63,11 +63,11 @@ def real(settings: TrainConfig) -> dict[str, PartCost]:
     groups = ProcessMesh(0).make_groups()
     counter = CostCounter()
     groups = counted(groups, counter)
-    seq = make_sequence(settings, groups, settings.trainer.seq_len)
+    seq = make_sequence(settings, groups, settings.trainer.seq_len, torch.device("cpu"))
     torch.manual_seed(0)
     fused._mask.cache_clear()  # a plan does not know what ran before
     with patch("lctrain.kernels.routed_mlp.blocked.suits", lambda x: False):
-        model = build(settings, groups)
+        model = build(settings, groups, torch.device("cpu"))
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.copy_(0.1 * torch.randn(parameter.shape))
