@@ -24,7 +24,7 @@ START_S = 20
 """What an online run gets to reach the service before it is recorded offline."""
 CLOSE_S = 30
 """What wandb gets to send the rest at the end of the run; longer than START_S, or a short run might leave nothing."""
-FILES = ("config.yaml", "environment.json", "verify_layout.json", "events.jsonl", "report.html")
+FILES = ("config.yaml", "environment.json", "plan.json", "verify_layout.json", "events.jsonl", "report.html")
 """Files of the run directory that go along when it ends, if they are there."""
 COPIES = "run"
 """Folder among the files of the wandb run where they lie."""

@@ -8,6 +8,7 @@ import pytest
 from lctrain.commands.report import main
 from lctrain.errors import UserError
 from lctrain.report.page import render, write_report
+from lctrain.report.planned import planned_rows
 from lctrain.run_dir import RunDir
 from lctrain.tracking.jsonl import append_event
 from lctrain.whole_file import write_json
@@ -142,6 +143,34 @@ def test_the_verify_report_and_earlier_configs(make_run):
     assert "Verified layout" in text
     assert "rank 1 hung" in text
     assert "config.1.yaml" in text
+
+
+PLAN = {
+    "processes": 2,
+    "step_s": {"total": 2.0},
+    "tokens_per_s_per_device": 50.0,
+    "mfu": 0.4,
+    "memory": [{"weights": 2**20, "gradients": 2**20, "optimizer": 2**21, "total": 2**23}],
+}
+
+
+def test_the_plan_beside_the_run(make_run):
+    run = make_run(3)
+    write_json(run.path / "plan.json", PLAN)
+    text = render(run)
+    Page(text)
+    assert "Planned and measured" in text
+    records = [{"step_s": s, "tokens_per_s": 200.0, "mfu": 0.2, "memory_weights_mb": 1.0, "memory_mb": 4.0} for s in (1, 3, 5)]
+    rows = planned_rows(PLAN, records)
+    assert rows[:4] == [
+        ("step, s", "2", "3", "1.50"),
+        ("tokens/s per process", "50", "100", "2.00"),
+        ("MFU, %", "40", "20", "0.50"),
+        ("weights, MiB", "1", "1", "1.00"),
+    ]
+    assert rows[4:] == [("gradients, MiB", "1", "", ""), ("optimizer, MiB", "2", "", ""), ("memory, MiB", "8", "4", "0.50")]
+    for torn in (None, [], {}, {**PLAN, "memory": []}, {**PLAN, "mfu": "much"}):
+        assert planned_rows(torn, records) == []
 
 
 def test_the_command_writes_beside_the_run_or_where_told(make_run, tmp_path, capsys):
