@@ -172,7 +172,7 @@ def _flops(packet: Any, args: tuple, kwargs: dict, result: Any) -> int:
     """Multiply-adds x 2 of a matrix product."""
     if packet is _aten._grouped_mm:  # rows [M, K] by group times [E, K, N], or [N, M] times [M, K] by group
         return 2 * args[0].numel() * args[1].shape[-1]
-    rule = flop_registry.get(packet)
+    rule = flop_registry.get(packet) or flop_registry.get(getattr(_aten, packet.__name__.removesuffix("_"), None))
     return 0 if rule is None else int(rule(*args, **kwargs, out_val=result))
 
 

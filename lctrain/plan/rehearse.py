@@ -113,6 +113,7 @@ def _adds_to(total: Tensor) -> Any:
     """What megatron-core's data parallelism does with a micro-batch's gradient."""
 
     def add(parameter: Tensor) -> None:
+        assert parameter.grad is not None
         total.add_(parameter.grad)
         parameter.grad = None
 
@@ -126,6 +127,8 @@ class Rehearsal:
         self.config, self.model, self.seq, self.counter = config, model, seq, counter
         self.device = seq.positions.device
         self.rows, self.tokens = seq.positions.shape
+        self._wanted = torch.zeros((), device=self.device, requires_grad=True)
+        self._nothing = {dtype: torch.zeros((), dtype=dtype, device=self.device) for dtype in DTYPES.values()}
         self.ids = torch.zeros_like(seq.positions)
         self.shape = (self.rows, shard_length(self.tokens, model.parallel.tp.size), config.model.d_model)
 
@@ -156,18 +159,19 @@ class Rehearsal:
 
     def _part(self, name: str, layer: Sublayer | None) -> PartCost:
         """Forward and backward pass of one part between other parts, which hold nothing of what passes between them."""
-        counter, results, known = self.counter, [], self.counter.live
+        counter, known = self.counter, self.counter.live
+        results: list[Tensor] = []
         x = self._input(name)
         begun, alive = counter.live, weakref.ref(x.untyped_storage())
         counter.begin()
-        y = self._run(name, layer, _Entrance.apply(x, torch.zeros((), device=self.device, requires_grad=True), results))
+        y = self._run(name, layer, _Entrance.apply(x, self._wanted, results))
         passed, edge = y.nbytes, torch.autograd.graph.get_gradient_edge(_Exit.apply(y))
         shape, dtype = y.shape, y.dtype
         del x, y
         kept = counter.live - known
         forward = counter.cost(held=known + kept if alive() is not None else begun + kept)
         counter.begin()
-        torch.autograd.backward([edge], [torch.zeros((), dtype=dtype, device=self.device).expand(shape)])
+        torch.autograd.backward([edge], [self._nothing[dtype].expand(shape)])
         backward = counter.cost(held=known + kept + passed)
         del edge
         results.clear()

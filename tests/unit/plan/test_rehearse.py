@@ -6,14 +6,17 @@ from unittest.mock import patch
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from lctrain.config.latent_attention import LatentAttentionConfig
 from lctrain.config.launcher import LauncherConfig
 from lctrain.config.mamba import LinearAttentionConfig, MambaConfig
 from lctrain.config.model import AttentionConfig, MlpConfig, ModelConfig
-from lctrain.config.moe import BalanceConfig, MoeConfig
+from lctrain.config.moe import BalanceConfig, MoeConfig, RouterConfig
 from lctrain.config.schema import CorpusConfig, DataConfig, EngineConfig, ParallelConfig, TrainConfig, TrainerConfig
+from lctrain.errors import UserError
 from lctrain.kernels.attention import fused
+from lctrain.parallel.mask import AttentionMask
 from lctrain.parallel.mesh import ProcessMesh
 from lctrain.plan.cost import PartCost
 from lctrain.plan.counted_group import counted
@@ -80,3 +83,103 @@ def test_all_but_mixtures_equal_a_real_run(dtype, checkpointing):
     """Every kernel with its bytes, memory kept and most held: the same to the byte."""
     settings = config("*W-M+L", dtype, checkpointing, micro_batch=2)
     assert rehearse(settings, on_cuda=False) == real(settings)
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize(("top_k", "capacity"), [(1, None), (2, None), (2, 4.0)])
+def test_mixtures_equal_a_real_run(dtype, top_k, capacity):
+    """Grouped products count as one kernel for all experts; with few rows the CPU pads them."""
+    settings = config("E-", dtype, top_k=top_k, d_ff=16, capacity_factor=capacity)
+    planned, found = rehearse(settings, on_cuda=False)["E"], real(settings)["E"]
+    assert planned.kept == found.kept
+    for ours, theirs in ((planned.forward, found.forward), (planned.backward, found.backward)):
+        products = [{o for o in cost.operations if "grouped" in o.name} for cost in (ours, theirs)]
+        assert products[0] == products[1]
+        assert ours.peak <= theirs.peak < 1.05 * ours.peak
+
+
+def test_kept_is_what_autograd_saves():
+    """By another way: distinct storages that saved_tensors_hooks see, without weights and what all layers share."""
+    settings = config("*W-+", "bf16")
+    planned = rehearse(settings, on_cuda=False)
+    groups = ProcessMesh(0).make_groups()
+    seq = make_sequence(settings, groups, LENGTH, torch.device("cpu"))
+    model = build(settings, groups, torch.device("cpu"))
+    for layer, symbol in zip(model.layers, "*W-+", strict=True):
+        x = torch.randn(1, LENGTH, 32, dtype=torch.bfloat16, requires_grad=True)
+        with torch.no_grad():
+            layer(x, seq)  # makes what layers share
+        others = [*model.parameters(), *(t for made in seq._made.values() if isinstance(made, tuple) for t in made)]
+        excluded = {t.untyped_storage()._cdata for t in others}
+        saved: dict[int, int] = {}
+
+        def note(tensor: torch.Tensor, saved=saved, excluded=excluded) -> torch.Tensor:
+            storage = tensor.untyped_storage()
+            if storage._cdata not in excluded:
+                saved[storage._cdata] = storage.nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+            y = layer(x, seq)
+        assert sum(saved.values()) == planned[symbol].kept, symbol
+        del y
+
+
+@pytest.mark.parametrize("checkpointing", ["none", "layer"])
+def test_flops_equal_torchs_counter(checkpointing):
+    """On a real run; and what mixers state about themselves, but for attention's kernel and the rounding of chunks."""
+    settings = config("*-M+L", checkpointing=checkpointing)
+    planned = rehearse(settings, on_cuda=False)
+    groups = ProcessMesh(0).make_groups()
+    seq = make_sequence(settings, groups, LENGTH, torch.device("cpu"))
+    model = build(settings, groups, torch.device("cpu"))
+    documents = ((0, LENGTH),)
+    for layer, symbol in zip(model.layers, "*-M+L", strict=True):
+        x = torch.randn(1, LENGTH, 32, requires_grad=True)
+        with FlopCounterMode(display=False) as forward:
+            y = model.through(layer, x, seq)
+        with FlopCounterMode(display=False) as backward:
+            y.sum().backward()
+        assert (planned[symbol].forward.flops, planned[symbol].backward.flops) == (
+            forward.get_total_flops(),
+            backward.get_total_flops(),
+        ), symbol
+        if symbol == "-":
+            assert planned[symbol].forward.flops == layer.mixer.flops(documents)
+        if symbol == "*":
+            kernel = 4 * 32 * AttentionMask(documents).total_entries(LENGTH)
+            assert planned[symbol].forward.flops == layer.mixer.flops(documents) - kernel
+    assert planned["loss"].forward.flops == 3 * 2 * LENGTH * 32 * 61, "logits, and both gradients while they are at hand"
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize(
+    "moe",
+    [
+        {},
+        {"capacity_factor": 1.25},
+        {"router": RouterConfig(tasks=2, jitter=0.01)},
+        {"router": RouterConfig(score="sigmoid", groups=2, top_groups=1)},
+        {"activation": "gelu", "shared_d_ff": 0, "shared_gate": False},
+    ],
+    ids=str,
+)
+def test_as_on_a_gpu(dtype, moe):
+    """All mixers with their variants, with checkpointing: attention in one kernel, no copies of it in fp32, norms in one."""
+    settings = config("*W-M+LE", dtype, "layer", **moe)
+    planned = rehearse(settings)
+    names = {operation.name for operation in planned["-"].forward.operations}
+    assert "aten._fused_rms_norm" in names
+    assert "aten.rsqrt_" not in names
+    on_cpu = rehearse(settings, on_cuda=False)
+    for name, part in planned.items():
+        assert part.forward.flops == on_cpu[name].forward.flops, name
+        assert part.backward.flops == on_cpu[name].backward.flops, name
+        assert part.forward.peak > 0, name
+    assert planned["*"].kept == LENGTH * 32 * (4 if dtype == "fp32" else 2), "the input alone"
+    assert not torch.zeros(1).is_cuda
+
+
+def test_refused():
+    with pytest.raises(UserError, match=r"capacity_factor=0\.5"):
+        rehearse(config("E", capacity_factor=0.5))
