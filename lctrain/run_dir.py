@@ -77,17 +77,18 @@ class RunDir:
             raise self._not_written(error) from None
         return self
 
-    def note_config(self, config: TrainConfig) -> None:
+    def note_config(self, config: TrainConfig) -> list[str]:
         """Write config.yaml; for rank 0, once the config has been found to fit the run's checkpoints.
 
-        One that differs from the one already there replaces it; the earlier one stays as config.<n>.yaml and an event lists
-        what changed.
+        One that differs from the one already there replaces it; the earlier one stays as config.<n>.yaml, and an event lists
+        what changed, which is returned too.
         """
         try:
             if changes := self._write_config(config):
                 append_event(self.events, "config", changes=changes)
         except OSError as error:
             raise self._not_written(error) from None
+        return changes
 
     def release(self) -> None:
         """Give the lock up; forked ranks that still live keep it."""

@@ -40,6 +40,8 @@ from lctrain.tracking.pictures import draw_pictures
 from lctrain.tracking.ranks import RankWatch
 from lctrain.tracking.tracker import Tracker, open_tracker
 
+SHOWN = 8
+"""Changed settings that are told when a run continues."""
 LEFT_OUT = StepResult(math.nan, math.nan, None)
 """Of a step whose batch the run leaves out."""
 
@@ -263,8 +265,9 @@ def _announce(
     config: TrainConfig, mesh: ProcessMesh, described: LanguageModel, start: int, checkpoint: object, tracker: Tracker
 ) -> None:
     parameters = sum(parameter.numel() for parameter in described.parameters())
+    changes: list[str] = []
     if mesh.rank == 0:  # not before: a config that the resume has refused would stand beside checkpoints that it does not fit
-        RunDir(config.run_dir).note_config(config)
+        changes = RunDir(config.run_dir).note_config(config)
     tracker.message(
         f"{config.model.name}: {parameters:,} parameters, pattern {config.model.pattern}, {config.engine.dtype};"
         f" {mesh.sizes}"
@@ -273,8 +276,13 @@ def _announce(
     )
     if checkpoint is not None:
         tracker.message(f"continuing after step {start} from {checkpoint}")
+        if changes:
+            more = f"; and {len(changes) - SHOWN} more, see {config.run_dir}/events.jsonl" if len(changes) > SHOWN else ""
+            tracker.message(f"changed since the last start: {'; '.join(changes[:SHOWN])}{more}")
         tracker.event("resume", step=start, checkpoint=str(checkpoint), world_size=mesh.size)
     else:
         tracker.event("start", world_size=mesh.size)
     if start >= config.trainer.steps:
-        tracker.message(f"the run already has its trainer.steps={config.trainer.steps} steps; raise it to train on")
+        tracker.message(
+            f"the run already has its trainer.steps={config.trainer.steps} steps; raise it to train on, or give another run_dir"
+        )

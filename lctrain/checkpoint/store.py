@@ -17,7 +17,7 @@ from lctrain.checkpoint.agree import agreed, from_rank_0, gather, rank, world_si
 from lctrain.checkpoint.manifest import hash_files, problems, read_manifest, write_manifest
 from lctrain.checkpoint.rng import RNG
 from lctrain.checkpoint.state import State, global_bytes, put_values, tensors_of, values_of
-from lctrain.checkpoint.tensors import check_tensors, load_tensors, own_files, save_tensors, stored_names
+from lctrain.checkpoint.tensors import MISFIT, check_tensors, load_tensors, own_files, save_tensors, stored_names
 from lctrain.errors import UserError
 
 T = TypeVar("T")
@@ -126,10 +126,10 @@ class CheckpointStore:
             parts = {name.partition("/")[0] for name in known} - {RNG}
             for name in sorted({*stored, *manifest["values"]}):
                 if name.partition("/")[0] in parts and name not in known:
-                    raise UserError(f"checkpoint {path} has {name}, which the config does not make: use the config of its run")
+                    raise UserError(f"checkpoint {path} has {name}, which the config does not make: {MISFIT}")
             for name in sorted(values):
                 if name not in manifest["values"]:
-                    raise UserError(f"checkpoint {path} has no {name}: it was written by another model or optimizer config")
+                    raise UserError(f"checkpoint {path} has no {name}, which the config makes: {MISFIT}")
             return wanted
 
         wanted = agreed(select)

@@ -31,6 +31,8 @@ MOST_FILES = 4
 """Files of one rank."""
 SMALLEST_FILE = 32 * 2**20
 """Bytes below which a second file is not worth it."""
+MISFIT = "restore the config of its run, or choose another run_dir"
+"""What to do about a checkpoint of another model or optimizer."""
 
 
 class Reader(dcp.FileSystemReader):
@@ -142,13 +144,10 @@ def check_tensors(folder: Path, tensors: dict[str, torch.Tensor]) -> None:
     for name, tensor in tensors.items():
         there = stored.get(name)
         if not isinstance(there, TensorStorageMetadata):
-            raise UserError(f"checkpoint {folder} has no {name}: it was written by another model or optimizer config")
+            raise UserError(f"checkpoint {folder} has no {name}, which the config makes: {MISFIT}")
         if there.size != tensor.shape or there.properties.dtype != tensor.dtype:
             was = f"{list(there.size)} {str(there.properties.dtype).removeprefix('torch.')}"
-            raise UserError(
-                f"checkpoint {folder} has {name} as {was}, the config makes it {shape_text(tensor)}:"
-                " use the config that the checkpoint was written with"
-            )
+            raise UserError(f"checkpoint {folder} has {name} as {was}, the config makes it {shape_text(tensor)}: {MISFIT}")
 
 
 @contextlib.contextmanager

@@ -39,6 +39,8 @@ def test_other_data_and_other_models_are_refused_and_more_steps_are_not(copy_of_
 
     out = run.complete("trainer.steps=14")
     assert "continuing after step 12 from" in out
+    assert "changed since the last start: " in out
+    assert "trainer.steps: 12 -> 14" in out
     assert run.metrics()[:12] == reference.metrics()
     assert [record["step"] for record in run.metrics()] == list(range(1, 15))
     assert run.events("config")[-1]["changes"][-1] == "trainer.steps: 12 -> 14"

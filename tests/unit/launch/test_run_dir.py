@@ -34,14 +34,14 @@ def test_start_is_noted(make_config):
 def test_changed_config_is_kept_and_named(make_config):
     first, second = make_config(), make_config(optim=OptimConfig(lr=0.5))
     run = RunDir(first.run_dir)
-    for config in (first, first, second, first):
-        run.note_config(config)
+    changes = [["optim.lr: 0.001 -> 0.5"], ["optim.lr: 0.5 -> 0.001"]]
+    assert [run.note_config(config) for config in (first, first, second, first)] == [[], [], *changes]
     assert yaml.safe_load((run.path / "config.1.yaml").read_text())["optim"]["lr"] == 0.001
     assert yaml.safe_load((run.path / "config.2.yaml").read_text())["optim"]["lr"] == 0.5
     assert not (run.path / "config.3.yaml").exists()
     events = read_events(run.events)
     assert [event["kind"] for event in events] == ["config", "config"]
-    assert [event["changes"] for event in events] == [["optim.lr: 0.001 -> 0.5"], ["optim.lr: 0.5 -> 0.001"]]
+    assert [event["changes"] for event in events] == changes
 
 
 def test_config_changes():
