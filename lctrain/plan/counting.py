@@ -12,7 +12,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from lctrain.plan.cost import Operation, PassCost, Sent
@@ -136,10 +135,10 @@ class CostCounter(TorchDispatchMode):
             if not self._told:
                 self._collective(func, args)
             return result
-        results = [result] if isinstance(result, Tensor) else [x for x in tree_leaves(result) if isinstance(x, Tensor)]
+        results = _tensors([result])
         if not results:
             return result
-        given = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+        given = _tensors([*args, *kwargs.values()])
         old = {x.untyped_storage()._cdata for x in given}
         fresh = [x for x in results if x.untyped_storage()._cdata not in old]
         for tensor in fresh:
@@ -156,12 +155,23 @@ class CostCounter(TorchDispatchMode):
         group = next(dist.ProcessGroup.unbox(x) for x in args if isinstance(x, torch.ScriptObject) and _is_group(x))
         size, dimension = group.size(), self._dimensions[group]
         name = func.overloadpacket.__name__
-        tensors = [x for x in tree_leaves(args[:2]) if isinstance(x, Tensor)]
+        tensors = _tensors(args[:2])
         largest = max(x.nbytes for x in tensors)
         share = largest * (size - 1) // size
         kinds = {"allreduce_": "all_reduce", "_allgather_base_": "all_gather", "_reduce_scatter_base_": "reduce_scatter"}
         assert name in kinds, f"a collective that nobody has a formula for: {func}"
         self.sent(dimension, kinds[name], 2 * share if name == "allreduce_" else share)
+
+
+def _tensors(values: Iterable[Any]) -> list[Tensor]:
+    """Those among an operator's arguments or results, which may be lists."""
+    found: list[Tensor] = []
+    for value in values:
+        if isinstance(value, Tensor):
+            found.append(value)
+        elif isinstance(value, list | tuple):
+            found += _tensors(value)
+    return found
 
 
 def _is_group(boxed: torch.ScriptObject) -> bool:
@@ -185,7 +195,7 @@ def _moved(func: Any, given: list[Tensor], fresh: list[Tensor], args: tuple, kwa
         return 2 * _bytes(given[-1]) + _sum(given[1:])
     written, read = list(fresh), []
     for argument, value in zip(func._schema.arguments, (*args, *(None,) * len(func._schema.arguments)), strict=False):
-        tensors = [x for x in tree_leaves(kwargs.get(argument.name, value)) if isinstance(x, Tensor)]
+        tensors = _tensors([kwargs.get(argument.name, value)])
         changed = argument.alias_info is not None and argument.alias_info.is_write
         if changed:
             written += tensors
