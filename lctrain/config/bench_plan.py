@@ -21,7 +21,7 @@ class PlanBenchConfig(Strict):
     """Tokens per sample."""
     cases: Annotated[tuple[Case, ...], Field(min_length=1)] = CASES
     """Layouts."""
-    steps: Positive = 3
+    steps: Positive = 2
     """Measured steps of each, after one that warms up."""
     output: str | None = None
     """JSON file for the results and a description of this machine."""

@@ -21,7 +21,7 @@ class PlanConfig(Strict):
     shown: Positive = 10
     """search: layouts to print."""
     output: str | None = None
-    """JSON file for the plan, or for all layouts found."""
+    """JSON file for the plan, or for all layouts found; null: plan.json in the run directory (search: none)."""
 
 
 class PlanSettings(Strict):

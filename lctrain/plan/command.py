@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from lctrain.config.plan import PlanConfig
 from lctrain.config.schema import TrainConfig
 from lctrain.console import say
+from lctrain.errors import UserError
 from lctrain.plan.plan import Plan, make_plan
 from lctrain.plan.remedies import remedies
 from lctrain.plan.report import as_dict, print_found, print_plan, print_remedies
@@ -18,13 +18,14 @@ from lctrain.whole_file import check_output, write_json
 
 def plan_one(config: TrainConfig, options: PlanConfig) -> int:
     """Plan a config, print and store it; returns 1 if it does not fit."""
-    check_output("plan.output", options.output)
+    path = _place(config, options)
     plan = make_plan(config, options.reserve)
     seconds, tokens = run_seconds(plan, options.reserve)
     print_plan(plan, seconds, tokens)
     if not plan.fits:
         print_remedies(remedies(config, options.reserve))
-    _store(options, as_dict(plan, seconds))
+    write_json(path, as_dict(plan, seconds))
+    say(f"plan in {path}")
     return int(not plan.fits)
 
 
@@ -34,7 +35,9 @@ def plan_search(config: TrainConfig, options: PlanConfig) -> int:
     check_output("plan.output", options.output)
     found = search(config, options.gpus, options.reserve)
     print_found(found, options.shown)
-    _store(options, [as_dict(plan) for plan in found.plans])
+    if options.output is not None:
+        write_json(Path(options.output), [as_dict(plan) for plan in found.plans])
+        say(f"layouts in {options.output}")
     return int(not found.plans)
 
 
@@ -51,7 +54,13 @@ def run_seconds(plan: Plan, reserve: float) -> tuple[float, int]:
     return seconds, tokens
 
 
-def _store(options: PlanConfig, value: Any) -> None:
+def _place(config: TrainConfig, options: PlanConfig) -> Path:
+    """Where the plan goes: where the user wants it, else in the run directory, whose report will show it."""
+    check_output("plan.output", options.output)
     if options.output is not None:
-        write_json(Path(options.output), value)
-        say(f"stored in {options.output}")
+        return Path(options.output)
+    try:
+        Path(config.run_dir).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"run_dir={config.run_dir} cannot be used: {error.strerror}; choose another run_dir") from None
+    return Path(config.run_dir) / "plan.json"

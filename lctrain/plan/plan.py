@@ -6,6 +6,8 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from functools import cached_property
 
+import torch
+
 from lctrain.attention_choice import attention_kinds, attention_shapes, cluster_of, describe_strategy
 from lctrain.config.cluster import ClusterConfig
 from lctrain.config.deepspeed import checked_config
@@ -122,7 +124,7 @@ def on_cpu(cluster: ClusterConfig) -> bool:
 
 def planned_cluster(config: TrainConfig) -> ClusterConfig:
     """The config's cluster, or the preset of the device here; UserError if a plan cannot do with it."""
-    cluster = cluster_of(config, choose_device(config.engine.device))
+    cluster = config.cluster or cluster_of(config, _device_here(config))
     if cluster.device is None:
         raise UserError(
             f"cluster={cluster.name} does not say what a device can do: give it cluster.device.memory_gb, gb_per_s and"
@@ -130,6 +132,15 @@ def planned_cluster(config: TrainConfig) -> ClusterConfig:
         )
     peak_flops(cluster, config.engine.dtype)
     return cluster
+
+
+def _device_here(config: TrainConfig) -> torch.device:
+    try:
+        return choose_device(config.engine.device)
+    except UserError:
+        raise UserError(
+            "engine.device=cuda, but torch sees no CUDA device here: say what to plan for, as cluster=h200"
+        ) from None
 
 
 def peak_flops(cluster: ClusterConfig, dtype: str) -> float:

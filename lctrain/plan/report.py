@@ -36,6 +36,8 @@ def print_remedies(found: Sequence[Remedy]) -> None:
         verdict = "fits" if plan.fits else "does not fit"
         rows.append((remedy.change, plan.config.processes, gb(plan.most), f"{plan.tokens_per_s:,.0f}", verdict))
     table(("instead, one change at a time", "processes", "GB", "tokens/s each", ""), rows, align="lrrrl")
+    if not any(remedy.plan is not None and remedy.plan.fits for remedy in found):
+        say("none of them is enough alone; plan.search=true plan.gpus=N tries all layouts of N devices")
 
 
 def print_found(found: Found, shown: int) -> None:
@@ -181,8 +183,9 @@ def _print_step(plan: Plan) -> None:
 def _print_run(plan: Plan, run_s: float, run_tokens: int) -> None:
     config = plan.config
     hours = run_s * config.processes / 3600
-    unit = "core-hours" if plan.cluster.device is not None and plan.cluster.cpu_s_per_gb else "GPU-hours"
-    say(f"the run: {config.trainer.steps:,} steps, {count(run_tokens)} tokens, {duration(run_s)}, {hours:,.3g} {unit}")
+    spent = f"{hours:,.0f}" if hours >= 100 else f"{hours:.3g}"
+    unit = "core-hours" if plan.cluster.cpu_s_per_gb else "GPU-hours"
+    say(f"the run: {config.trainer.steps:,} steps, {count(run_tokens)} tokens, {duration(run_s)}, {spent} {unit}")
 
 
 def count(number: float) -> str:

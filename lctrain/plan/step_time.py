@@ -11,9 +11,9 @@ class StepTime:
 
     products: matrix products but attention's. memory: operations that move more than they multiply. attention: its kernels,
     mean of the ranks of a sequence. attention_exchange: its messages that no kernel hides. attention_idle: waiting for ranks
-    that have more to do. states: exchanges of recurrent layers. tensor, experts, data: exchanges of tensor, expert and data
-    parallelism that nothing hides. pipeline: messages between stages. bubble: waiting for other stages. optimizer: gradient
-    norm, clipping, update.
+    that have more to do. sequence: all else that these ranks exchange, such as states of recurrent layers. tensor, experts,
+    data: exchanges of tensor, expert and data parallelism that nothing hides. pipeline: messages between stages. bubble:
+    waiting for other stages. optimizer: gradient norm, clipping, update.
     """
 
     products: float = 0.0
@@ -21,7 +21,7 @@ class StepTime:
     attention: float = 0.0
     attention_exchange: float = 0.0
     attention_idle: float = 0.0
-    states: float = 0.0
+    sequence: float = 0.0
     tensor: float = 0.0
     experts: float = 0.0
     data: float = 0.0
@@ -47,7 +47,7 @@ CAUSES = {
     "attention": "attention",
     "attention_exchange": "attention: exposed messages",
     "attention_idle": "attention: waiting for other ranks",
-    "states": "states of recurrent layers",
+    "sequence": "context parallelism, the rest",
     "tensor": "tensor parallelism, exposed",
     "experts": "expert parallelism, exposed",
     "data": "data parallelism, exposed",

@@ -31,7 +31,7 @@ from lctrain.plan.replicas import Replicated, replicated
 from lctrain.plan.step_time import StepTime
 
 CAUSE = {
-    **{"cp": "states", "tp": "tensor", "ep": "experts", "etp": "experts", "edp": "data"},
+    **{"cp": "sequence", "tp": "tensor", "ep": "experts", "etp": "experts", "edp": "data"},
     **{"dp": "data", "dp_cp": "data", "pp": "pipeline"},
 }
 """Dimension of the mesh -> field of StepTime that pays for what travels along it."""

@@ -7,8 +7,15 @@ import json
 import pytest
 
 from lctrain.cli import main
+from lctrain.report.planned import planned_rows
 
 TINY = ["model=tiny", "trainer.seq_len=512", "engine.device=cpu"]
+
+
+@pytest.fixture(autouse=True)
+def _elsewhere(tmp_path, monkeypatch):
+    """Plans go into run directories."""
+    monkeypatch.chdir(tmp_path)
 
 
 def test_one_plan(capsys, tmp_path):
@@ -44,6 +51,14 @@ def test_what_does_not_fit_comes_with_what_would(capsys):
         assert change in shown
 
 
+def test_the_run_directory_has_the_plan_and_the_report_can_read_it(tmp_path):
+    assert main(["plan", *TINY, "run_dir=runs/planned"]) == 0
+    plan = json.loads((tmp_path / "runs/planned/plan.json").read_text())
+    rows = planned_rows(plan, [{"step_s": 2 * plan["step_s"]["total"]}])
+    assert rows[0][3] == "2.00"
+    assert main(["plan", *TINY, "run_dir=/proc/nowhere"]) == 2
+
+
 def test_search(capsys, tmp_path):
     output = tmp_path / "found.json"
     assert main(["plan", *TINY, "plan.search=true", "plan.gpus=2", "plan.shown=1", f"plan.output={output}"]) == 0
@@ -53,6 +68,14 @@ def test_search(capsys, tmp_path):
     assert len(found) == 4  # dp 2 and cp 2, with DDP and FSDP
     speeds = [plan["tokens_per_s_per_device"] for plan in found]
     assert speeds == sorted(speeds, reverse=True)
+
+
+def test_a_cluster_can_be_planned_for_where_there_is_no_gpu(capsys):
+    words = ["engine.device=cuda", "launcher=slurm", "launcher.nodes=2", "launcher.processes_per_node=2"]
+    assert main(["plan", *TINY, *words, "cluster=h200", "parallel.cp=2"]) == 0
+    assert "4 processes = dp 2 x cp 2" in capsys.readouterr().out
+    assert main(["plan", *TINY, *words]) == 2
+    assert "cluster=h200" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

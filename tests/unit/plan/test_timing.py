@@ -86,7 +86,7 @@ def test_what_travels_is_paid_by_its_dimension(cluster):
     sent = (Sent("cp", "all_gather", GIGA, 1), Sent("ep", "all_to_all", 3 * GIGA, 1))
     timing = timing_of(cluster, "parallel.cp=2", "trainer.global_batch=1", costs=costs_of(**{"-": part("-", sent=sent)}))
     (stage,) = timing.stages()
-    assert stage.forward.states == pytest.approx(4 * 0.01)
+    assert stage.forward.sequence == pytest.approx(4 * 0.01)
     assert stage.forward.experts == 0  # a group of one
     tensor = timing_of(
         cluster,
