@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import functools
 import itertools
-import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,6 +14,7 @@ from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, TensorSt
 
 from lctrain.checkpoint.tensors import Reader
 from lctrain.convert.archive import bytes_of, stored_at, window
+from lctrain.convert.file_reader import FileReader
 from lctrain.convert.stream import Info
 from lctrain.errors import UserError
 
@@ -53,7 +53,7 @@ class DcpFolder:
         self._places: Mapping[tuple[str, tuple[int, ...]], Any] = {
             (index.fqn, tuple(index.offset or ())): place for index, place in metadata.storage_data.items()
         }
-        self._open: tuple[Path, IO[bytes]] | None = None
+        self._files = FileReader()
         self._find = functools.lru_cache(maxsize=1024)(self._look_up)
         self._whole = functools.lru_cache(maxsize=1)(self._load_whole)
 
@@ -92,12 +92,8 @@ class DcpFolder:
             return self._whole(stored).reshape(box.info.lines, box.info.width)[lines]
         at_once = isinstance(rows, slice) and box.info.width == found.shape[1]
         part = found[rows] if at_once else torch.empty(lines.stop - lines.start, box.info.width, dtype=found.dtype)
-        rest, at = bytes_of(part), stored.numbers + lines.start * box.info.width * found.itemsize
-        while len(rest):
-            count = os.preadv(self._file(stored.path).fileno(), [rest], at)
-            if not count:
-                raise UserError(f"{stored.path} has ended within {self._prefix}{name}: it is damaged")
-            rest, at = rest[count:], at + count
+        start = stored.numbers + lines.start * box.info.width * found.itemsize
+        self._files.fill(bytes_of(part), stored.path, start, f"{self._prefix}{name}")
         return None if at_once else part
 
     def _look_up(self, key: str, box: _Box) -> _Stored:
@@ -108,7 +104,7 @@ class DcpFolder:
         if Path(place.relative_path).name != place.relative_path:
             raise UserError(f"checkpoint {self._folder} is refused: it points at {place.relative_path}, outside of itself")
         try:
-            descriptor = self._file(path).fileno()
+            descriptor = self._files.descriptor(path)
             tensor, start = stored_at(descriptor, place.offset, place.length)
             if tensor.numel() != box.info.shape.numel() or tensor.dtype != box.info.dtype:
                 raise ValueError(f"it holds {list(tensor.shape)} {tensor.dtype}")
@@ -121,16 +117,9 @@ class DcpFolder:
             raise UserError(f"{path} is damaged at {key}: {told}") from None
 
     def _load_whole(self, stored: _Stored) -> Tensor:
-        file = window(self._file(stored.path).fileno(), stored.start, stored.length)
+        file = window(self._files.descriptor(stored.path), stored.start, stored.length)
         found: Tensor = torch.load(file, map_location="cpu", weights_only=True)
         return found.detach().contiguous()
-
-    def _file(self, path: Path) -> IO[bytes]:
-        if self._open is None or self._open[0] != path:
-            if self._open is not None:
-                self._open[1].close()
-            self._open = (path, open(path, "rb", buffering=0))  # noqa: SIM115
-        return self._open[1]
 
 
 def _box(chunk: ChunkStorageMetadata, info: Info) -> _Box:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from lctrain.convert.archive import bytes_of
+from lctrain.convert.file_reader import FileReader
 from lctrain.convert.stream import Info
 from lctrain.errors import UserError
 
@@ -44,7 +45,7 @@ class SafetensorsFolder:
     def __init__(self, folder: Path) -> None:
         self.infos: dict[str, Info] = {}
         self._places: dict[str, tuple[Path, int]] = {}
-        self._open: tuple[Path, IO[bytes]] | None = None
+        self._files = FileReader()
         for path in _files(folder):
             for name, (info, start) in _header(path).items():
                 if name in self.infos:
@@ -57,20 +58,8 @@ class SafetensorsFolder:
         first, last = info.span(lines)
         size = info.width * info.dtype.itemsize
         data = torch.empty((last - first) * size, dtype=torch.uint8)
-        rest, start = data.numpy().data, start + first * size
-        while len(rest):  # a single read ends at 2 GB
-            count = os.preadv(self._file(path).fileno(), [rest], start)
-            if not count:
-                raise UserError(f"{path} has ended within {name}: it is damaged")
-            rest, start = rest[count:], start + count
+        self._files.fill(data.numpy().data, path, start + first * size, name)
         return info.shaped(data.view(info.dtype), lines)
-
-    def _file(self, path: Path) -> IO[bytes]:
-        if self._open is None or self._open[0] != path:
-            if self._open is not None:
-                self._open[1].close()
-            self._open = (path, open(path, "rb", buffering=0))  # noqa: SIM115
-        return self._open[1]
 
 
 class SafetensorsWriter:
