@@ -20,7 +20,7 @@ from lctrain.engines.quiet import quiet_libraries
 from lctrain.errors import UserError
 from lctrain.models.model import LanguageModel, Sublayer
 from lctrain.models.moe.stats import forget_statistics
-from lctrain.models.moe.tokens import _local_tokens
+from lctrain.models.moe.tokens import shard_tokens
 from lctrain.models.parallel import ModelParallel
 from lctrain.models.pattern import parse_pattern
 from lctrain.models.place import parameter_places
@@ -86,7 +86,7 @@ def make_sequence(config: TrainConfig, groups: MeshGroups, length: int, device: 
     facts: dict[str, Any] = {"samples": tuple(range(rows)), "tasks": ((0,),) * rows}
     seq = SequenceMeta(layout, groups.cp, positions.to(device), borders, strategies, **facts)
     part = shard_length(layout.local_length, groups.tp.size), groups.tp.rank
-    seq.once(("tokens", *part, device), lambda: known(_local_tokens(seq, *part), device))
+    seq.once(("tokens", *part, device), lambda: known(shard_tokens(seq, *part), device))
     return seq
 
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import types
 from collections.abc import Callable, Iterator
 from functools import lru_cache
-from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
@@ -92,6 +92,7 @@ def shapes_suffice(counter: CostCounter, on_cuda: bool, tensor_parallel: bool) -
         "lctrain.kernels.grouped_linear.fused.rows_times": rows_times,
         "lctrain.kernels.grouped_linear.fused.outer_products": outer_products,
         "lctrain.models.moe.moe.permutation": routing.permutation,
+        "lctrain.kernels.ssd.best.mamba_ssm_fits": lambda *_: False,  # its kernels want data
         "lctrain.kernels.attention.fused._mask": lru_cache(attention._mask.__wrapped__),  # a plan does not know what ran before
     }
     if on_cuda:
@@ -103,13 +104,21 @@ def shapes_suffice(counter: CostCounter, on_cuda: bool, tensor_parallel: bool) -
         if tensor_parallel:
             from megatron.core.tensor_parallel import mappings
 
-            from lctrain.models import megatron_layers  # noqa: F401  (which prepares the mappings for machines without CUDA)
+            from lctrain.models import megatron_layers  # noqa: F401  (which may replace the same name)
 
-            here = SimpleNamespace(current_device=lambda: torch.device("meta"))
-            stack.enter_context(patch.object(mappings.torch, "cuda", here))
+            stack.enter_context(patch.object(mappings, "torch", _TorchOnMeta("torch")))
         if on_cuda:
             stack.enter_context(patch.object(Tensor, "is_cuda", True))
         yield
+
+
+class _TorchOnMeta(types.ModuleType):
+    """torch, but what megatron-core's mappings make on `torch.cuda.current_device()` has no data."""
+
+    cuda = types.SimpleNamespace(current_device=lambda: torch.device("meta"))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(torch, name)
 
 
 class _RmsNorm(torch.autograd.Function):

@@ -133,6 +133,7 @@ def _megatron(config: TrainConfig, mesh: ProcessMesh, groups: MeshGroups) -> Sta
 
     with (
         FakeTensorMode(),
+        patch("torch.cuda.is_available", lambda: False),  # also where there is a GPU: fake tensors of a CPU do
         patch("lctrain.engines.megatron.engine.initialise", lambda *_: None),
         patch.object(Piece, "to_empty", _to_empty),
         patch("torch.distributed.all_gather_object", gather_object),

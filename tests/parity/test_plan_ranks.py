@@ -194,7 +194,7 @@ CASES = [
     Case("megatron", tp=2),
     Case("megatron", tp=2, dtype="bf16", length=101, checkpointing="layer", kv_heads=1),
     Case("megatron", tp=2, cp=2),
-    Case(cp=2, ep=2, pattern="E*", routed_heads=True),
+    Case(cp=2, ep=2, pattern="E*", routed_heads=True, micro_batch=2),
     Case("megatron", cp=2, tp=2, ep=2, etp=2, pattern="E-", dtype="bf16"),
 ]
 

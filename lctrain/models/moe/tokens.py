@@ -57,10 +57,11 @@ def local_tokens(seq: SequenceMeta, length: int, part: int, device: torch.device
         length: tokens of the shard as it reaches the layer: layout.local_length, or where tensor-parallel ranks divide the
             shard among them, the length of each part (the last may end in padding). part: which of these parts.
     """
-    return seq.once(("tokens", length, part, device), lambda: _local_tokens(seq, length, part).to(device))
+    return seq.once(("tokens", length, part, device), lambda: shard_tokens(seq, length, part).to(device))
 
 
-def _local_tokens(seq: SequenceMeta, length: int, part: int) -> Tokens:
+def shard_tokens(seq: SequenceMeta, length: int, part: int) -> Tokens:
+    """See local_tokens; on the CPU, found anew."""
     at = seq.layout.indices(seq.group.rank)[part * length : (part + 1) * length]
     at = F.pad(at, (0, length - len(at)), value=seq.layout.padded_length)
     found: list[tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]] = []
