@@ -77,7 +77,7 @@ def format_line(record: dict[str, Any], total: int, left: str) -> str:
     for key, text in (
         ("loss", "loss {:.4f}"),
         ("eval_loss", "eval {:.4f}"),
-        ("recall", "recall {:.1%}"),
+        ("recall", "recall {:z.1%}"),  # z: -0.0% is 0.0%
         ("grad_norm", "grad {:.3g}"),
         ("lr", "lr {:.2e}"),
         ("tokens_per_s", "{:,.0f} tok/s"),

@@ -25,6 +25,7 @@ def test_line_has_what_the_record_has():
         "step   7/100  loss 2.3457  grad 1.23  lr 3.00e-04  12,346 tok/s  mfu 43.2%  2.0 GB  data 2 ms  left 1:05"
     )
     assert format_line({"step": 7}, 9, "0 s") == "step 7/9  left 0 s"
+    assert format_line({"step": 7, "recall": -0.0004}, 9, "0 s") == "step 7/9  recall 0.0%  left 0 s"
     line = format_line({"step": 7, "loss": float("nan"), "skipped": True, "eval_loss": 1.5, "memory_mb": 300}, 9, "0 s")
     assert line == "step 7/9  loss nan  eval 1.5000  300 MB  SKIPPED  left 0 s"
 
