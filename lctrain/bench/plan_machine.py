@@ -58,7 +58,7 @@ def measured_cluster(ranks: int, shape: AttentionShape) -> ClusterConfig:
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
     return ClusterConfig(
         name="this machine",
-        kernel=_kernel(device),
+        kernel=_kernel(device, shape.dtype),
         device=DeviceConfig(
             memory_gb=memory / ranks,
             gb_per_s=rates.memory / 1e9,
@@ -75,17 +75,20 @@ def measured_cluster(ranks: int, shape: AttentionShape) -> ClusterConfig:
     )
 
 
-def _kernel(device: Device) -> KernelConfig:
+def _kernel(device: Device, dtype: torch.dtype) -> KernelConfig:
     def table(rates: Rates) -> RatesConfig:
         lines = tuple(tuple(rate / 1e12 for rate in line) for line in rates.flops)
         return RatesConfig(rows=rates.rows, columns=rates.columns, tflops=lines)
 
-    tables = {name: table(getattr(device, name)) for name in ("forward", "backward", "causal_forward", "causal_backward")}
     return KernelConfig(
-        **tables,
+        dtype="fp32" if dtype == torch.float32 else "bf16",
+        forward=table(device.forward),
+        backward=table(device.backward),
+        causal_forward=table(device.causal_forward),
+        causal_backward=table(device.causal_backward),
         call_us=device.call_s * 1e6,
         pass_us=device.pass_s * 1e6,
-        pass_s_per_gb=max(1e-3, device.pass_s_per_byte * 1e9),
+        pass_s_per_gb=max(1e-3, device.pass_s_per_byte * 1e9),  # above 0: the plan leaves it to the simulator
     )
 
 

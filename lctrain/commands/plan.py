@@ -8,7 +8,7 @@ No GPU is needed. The model of one rank runs without data and is counted; attent
 planned, and the fastest that fit are listed; exit status 1 if nothing fits.
 
   lctrain plan model=qwen3_8b trainer.seq_len=131072 parallel.cp=8 parallel.tp=4 engine=megatron engine.dtype=bf16 cluster=h200
-  lctrain plan plan.search=true plan.gpus=64 model=llama3_8b trainer.seq_len=8192 engine=megatron engine.dtype=bf16 cluster=h200
+  lctrain plan plan.search=true plan.gpus=64 model=llama3_8b trainer.global_batch=64 engine=megatron cluster=h100
 """
 
 from __future__ import annotations

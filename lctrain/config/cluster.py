@@ -84,6 +84,8 @@ class KernelConfig(Strict):
     """Microseconds that one direction of a layer takes besides, however many calls it makes; 0 where the host works ahead."""
     pass_s_per_gb: NonNegativeFloat = 0.0
     """Seconds that one direction takes besides for 1e9 bytes of a device's queries: making room, adding up, converting."""
+    dtype: Literal["bf16", "fp32"] = "bf16"
+    """Arithmetic that these rates are for; a plan takes that of the run for as much slower or faster as products are."""
 
 
 class ClusterConfig(Strict):

@@ -12,13 +12,13 @@ import math
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
-from lctrain.attention_choice import attention_kinds, costliest_case, seen_by_cp
+from lctrain.attention_choice import attention_kinds, costliest_case
 from lctrain.config.cluster import ClusterConfig
 from lctrain.config.schema import TrainConfig
 from lctrain.console import progress
 from lctrain.errors import UserError
 from lctrain.parallel.strategy import Strategy
-from lctrain.plan.attention import attention_time
+from lctrain.plan.attention import attention_cluster, attention_time
 from lctrain.plan.cost import PartCost, StaticMemory
 from lctrain.plan.layers import Layers, Stage
 from lctrain.plan.plan import Plan, Rehearse, Static, make_plan, planned_cluster, rehearsed
@@ -150,7 +150,7 @@ class _Search:
         return variant(config, parallel__attention=self._strategies[key], parallel__ulysses=None, parallel__node_size=None)
 
     def _attention_s(self, config: TrainConfig, name: str) -> float:
-        strategy, seen = Strategy(name), seen_by_cp(config, self.cluster)
+        strategy, seen = Strategy(name), attention_cluster(config, self.cluster)
         total = 0.0
         for symbol, kind in attention_kinds(config).items():
             case = costliest_case(config, kind)

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping
 
 import torch
 
-from lctrain.attention_choice import attention_kinds, attention_strategies, costliest_case, seen_by_cp
+from lctrain.attention_choice import attention_kinds, attention_strategies, costliest_case
 from lctrain.config.cluster import ClusterConfig
 from lctrain.config.deepspeed import zero_stage
 from lctrain.config.device import DeviceConfig
@@ -21,7 +21,7 @@ from lctrain.config.schema import TrainConfig
 from lctrain.devices import DTYPES
 from lctrain.parallel.deal import make_layout
 from lctrain.parallel.schedule import Direction
-from lctrain.plan.attention import attention_time
+from lctrain.plan.attention import attention_cluster, attention_time
 from lctrain.plan.cost import PartCost, PassCost, Sent, StaticMemory
 from lctrain.plan.counted_group import ATTENTION
 from lctrain.plan.counting import IN_ATTENTION
@@ -78,7 +78,7 @@ class Timing:
         self.device: DeviceConfig = cluster.device
         self.mesh = layers.mesh
         self.micro_batches = micro_batches(config)
-        self._seen, self._kinds = seen_by_cp(config, cluster), attention_kinds(config)
+        self._seen, self._kinds = attention_cluster(config, cluster), attention_kinds(config)
         named = config.model_copy(update={"cluster": cluster})
         self.strategies = attention_strategies(named, torch.device("cpu"))
 

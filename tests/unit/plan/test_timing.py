@@ -6,8 +6,10 @@ import dataclasses
 
 import pytest
 
+from lctrain.attention_choice import costliest_case
 from lctrain.parallel.cost import costed_steps
 from lctrain.parallel.simulator import simulate
+from lctrain.plan.attention import attention_cluster
 from lctrain.plan.cost import Operation, Sent, StaticMemory
 from lctrain.plan.layers import Layers
 from lctrain.plan.step_time import CAUSES, StepTime
@@ -61,13 +63,12 @@ def test_attention_is_the_simulators_and_its_own_messages_are_not_paid_twice(clu
     sent = (Sent("cp", "attention", 10**12, 3),)
     over = ("parallel.cp=2", "trainer.seq_len=4096", "trainer.global_batch=1")
     timing = timing_of(cluster, *over, costs=costs_of(**{"*": part("*", sent=sent)}))
-    from lctrain.attention_choice import costliest_case, seen_by_cp
 
     case = (timing.strategies[None], *costliest_case(timing.config, None))
     (stage,) = timing.stages()
     for way in ("forward", "backward"):
         found = getattr(stage, way)
-        alone = simulate(*case, way, seen_by_cp(timing.config, cluster)).seconds
+        alone = simulate(*case, way, attention_cluster(timing.config, cluster)).seconds
         assert found.attention > 0
         assert found.total == pytest.approx(4 * alone)
     assert stage.sent["cp"] == 4 * 2 * 10**12  # reported all the same
@@ -157,3 +158,9 @@ def test_gradient_accumulation_repeats_passes_but_not_the_update(cluster):
     steps = [timing.step(timing.stages()) for timing in (one, four)]
     assert steps[1].products == pytest.approx(4 * steps[0].products)
     assert steps[1].optimizer == steps[0].optimizer
+
+
+def test_kernels_of_another_arithmetic_are_as_much_slower_as_products(cluster):
+    fp32, bf16 = (timing_of(cluster, f"engine.dtype={dtype}").stages()[0].forward.attention for dtype in ("fp32", "bf16"))
+    calls = 4 * cluster.kernel.call_us * 1e-6
+    assert fp32 - calls == pytest.approx(2 * (bf16 - calls))
