@@ -187,13 +187,14 @@ def real_parts(rank: int, size: int, case: Case) -> dict[str, Any]:
 
 CASES = [
     Case(cp=2),
-    Case(cp=2, dtype="bf16", checkpointing="layer"),
+    Case(cp=2, pattern="*M+", dtype="bf16", checkpointing="layer"),
     Case(cp=2, attention="token_ring", pattern="*W"),
     Case(cp=4, attention="usp", pattern="*W+-", kv_heads=4),
-    Case(cp=2, length=101, micro_batch=2),
+    Case(cp=2, pattern="WL-", length=101, micro_batch=2),
     Case("megatron", tp=2),
-    Case("megatron", tp=2, dtype="bf16", length=101, checkpointing="layer", kv_heads=1),
-    Case("megatron", tp=2, cp=2),
+    Case("megatron", tp=2, pattern="*M-", dtype="bf16", length=101, checkpointing="layer", kv_heads=1),
+    Case("megatron", tp=2, cp=2, pattern="*M-"),
+    Case("deepspeed", tp=2, pattern="*-", dtype="bf16"),
     Case(cp=2, ep=2, pattern="E*", routed_heads=True, micro_batch=2),
     Case("megatron", cp=2, tp=2, ep=2, etp=2, pattern="E-", dtype="bf16"),
 ]
