@@ -5,7 +5,8 @@ usage: lctrain plan [override of lctrain train ...] [plan.output=FILE] [plan.res
 
 No GPU is needed. The model of one rank runs without data and is counted; attention is simulated on the cluster, which is
 `cluster=`, or the preset of the device here. With plan.search=true, all grids of N devices that the config allows are
-planned, and the fastest that fit are listed; exit status 1 if nothing fits.
+planned, and the fastest that fit are listed; exit status 1 if nothing fits. Beside the settings below it takes all of
+`lctrain train`.
 
   lctrain plan model=qwen3_8b trainer.seq_len=131072 parallel.cp=8 parallel.tp=4 engine=megatron engine.dtype=bf16 cluster=h200
   lctrain plan plan.search=true plan.gpus=64 model=llama3_8b trainer.global_batch=64 engine=megatron cluster=h100
@@ -21,7 +22,7 @@ from lctrain.errors import UserError
 
 def main(args: list[str]) -> int:
     """Run the command."""
-    options = load(PlanSettings, "plan", [arg for arg in args if arg.startswith("plan.")]).plan
+    options = load(PlanSettings, "plan", [arg for arg in args if arg.startswith("plan.") or arg in ("-h", "--help")]).plan
     if options.gpus is not None and not options.search:
         raise UserError(
             f"plan.gpus={options.gpus} is for plan.search=true; without it parallel.* says how many devices there are"

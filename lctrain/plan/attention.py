@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from functools import lru_cache
 from statistics import fmean
+from typing import Any
 
 from lctrain.attention_choice import seen_by_cp
 from lctrain.config.cluster import ClusterConfig
@@ -29,7 +30,7 @@ def attention_cluster(config: TrainConfig, cluster: ClusterConfig) -> Cluster:
     if dtype == cluster.kernel.dtype:
         return seen
     factor = getattr(device.product_tflops, dtype) / getattr(device.product_tflops, cluster.kernel.dtype)
-    tables = {name: _times(getattr(seen.device, name), factor) for name in TABLES}
+    tables: dict[str, Any] = {name: _times(getattr(seen.device, name), factor) for name in TABLES}
     return dataclasses.replace(seen, device=dataclasses.replace(seen.device, **tables))
 
 

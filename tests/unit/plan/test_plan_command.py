@@ -105,4 +105,4 @@ def test_help(capsys):
     assert main(["plan", "--help"]) == 0
     shown = capsys.readouterr().out
     assert "plan.search=true plan.gpus=N" in shown
-    assert "parallel.cp" in shown
+    assert "plan.reserve" in shown
