@@ -10,7 +10,7 @@ from typing import Any
 from lctrain.errors import UserError
 from lctrain.report.charts import Group, make_groups
 from lctrain.report.facts import event_rows, model_line, read_config, read_json, state, tiles
-from lctrain.report.planned import planned_rows
+from lctrain.report.planned import planned_otherwise, planned_rows
 from lctrain.report.svg import Chart
 from lctrain.run_dir import RunDir, lock_holder
 from lctrain.tracking.jsonl import read_events, read_metrics
@@ -53,7 +53,7 @@ def render(run: RunDir) -> str:
         body += [_group(group) for group in make_groups(records, events, restarts(run, records))]
     else:
         body.append('<div class="card"><b>No step has been finished yet</b>, so there is nothing to plot.</div>')
-    body += [_planned(run, records), _verify(run), _events(events), _config(run), _environment(run)]
+    body += [_planned(run, config, records), _verify(run), _events(events), _config(run), _environment(run)]
     head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{_text(name)}</title>'
     style, script = ((_HERE / f"page.{kind}").read_text(encoding="utf-8") for kind in ("css", "js"))
     # A page that may load nothing: what stands in a run's files cannot make it do so.
@@ -80,11 +80,14 @@ def _figure(chart: Chart) -> str:
     )
 
 
-def _planned(run: RunDir, records: Sequence[dict[str, Any]]) -> str:
-    rows = planned_rows(read_json(run.path / "plan.json"), records)
+def _planned(run: RunDir, config: dict[str, Any], records: Sequence[dict[str, Any]]) -> str:
+    plan = read_json(run.path / "plan.json")
+    rows, otherwise = planned_rows(plan, records), planned_otherwise(plan, config)
     if not rows:
         return ""
-    return f'<h2>Planned and measured</h2><div class="card">{_table(("", "planned", "in this run", "ratio"), rows)}</div>'
+    note = f'<p class="bad">The plan is one for other settings: {_text(otherwise)}</p>' if otherwise else ""
+    table = _table(("", "planned", "in this run", "ratio"), rows)
+    return f'<h2>Planned and measured</h2><div class="card">{note}{table}</div>'
 
 
 def _verify(run: RunDir) -> str:

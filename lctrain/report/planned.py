@@ -34,6 +34,22 @@ def planned_rows(plan: Any, records: Sequence[dict[str, Any]]) -> list[tuple[str
         return []
 
 
+def planned_otherwise(plan: Any, config: dict[str, Any]) -> str:
+    """In which settings a plan's JSON differs from the run's config: `cp 1, here 2`; empty if in none that both tell."""
+    if not isinstance(plan, dict):
+        return ""
+    model, parallel, engine, trainer = (config.get(key) or {} for key in ("model", "parallel", "engine", "trainer"))
+    tokens = (trainer.get("global_batch") or 0) * (trainer.get("seq_len") or 0)
+    grid = plan.get("grid")
+    pairs = [
+        ("model", plan.get("model"), model.get("name")),
+        ("engine", plan.get("engine"), engine.get("name")),
+        *((name, size, parallel.get(name)) for name, size in (grid.items() if isinstance(grid, dict) else ())),
+        ("tokens per step", plan.get("tokens_per_step"), tokens),
+    ]
+    return ", ".join(f"{what} {said}, here {here}" for what, said, here in pairs if said and here and said != here)
+
+
 def _median(records: Sequence[dict[str, Any]], key: str, unit: float = 1) -> float | None:
     values = [record[key] for record in records if record.get(key) is not None]
     return median(values) / unit if values else None

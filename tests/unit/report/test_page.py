@@ -8,7 +8,7 @@ import pytest
 from lctrain.commands.report import main
 from lctrain.errors import UserError
 from lctrain.report.page import render, write_report
-from lctrain.report.planned import planned_rows
+from lctrain.report.planned import planned_otherwise, planned_rows
 from lctrain.run_dir import RunDir
 from lctrain.tracking.jsonl import append_event
 from lctrain.whole_file import write_json
@@ -169,6 +169,10 @@ def test_the_plan_beside_the_run(make_run):
         ("weights, MiB", "1", "1", "1.00"),
     ]
     assert rows[4:] == [("gradients, MiB", "1", "", ""), ("optimizer, MiB", "2", "", ""), ("memory, MiB", "8", "4", "0.50")]
+    config = {"model": {"name": "tiny"}, "parallel": {"cp": 2, "dp": None}, "trainer": {"global_batch": 2, "seq_len": 8}}
+    there = {"model": "tiny", "grid": {"cp": 1, "dp": 4}, "tokens_per_step": 16, "engine": "torch"}
+    assert planned_otherwise(there, config) == "cp 1, here 2"
+    assert planned_otherwise({**there, "grid": {"cp": 2}}, config) == planned_otherwise(there, {}) == ""
     for torn in (None, [], {}, {**PLAN, "memory": []}, {**PLAN, "mfu": "much"}):
         assert planned_rows(torn, records) == []
 
