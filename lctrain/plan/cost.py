@@ -9,7 +9,8 @@ from typing import NamedTuple
 class Operation(NamedTuple):
     """A kernel that runs `calls` times: multiply-adds x 2 of its matrix products (0 without), bytes that it reads and writes.
 
-    The attention kernel is not among them: its time depends on the mask, which the simulator knows.
+    The attention kernel is not among them: its time depends on the mask, which the simulator knows. What a sequence-parallel
+    strategy runs around that kernel (packing, merging) has a name that begins with `attention.`.
     """
 
     name: str
@@ -22,7 +23,7 @@ class Sent(NamedTuple):
     """Bytes that a rank hands over along one dimension of the mesh, by kind of collective, and in how many calls.
 
     dimension: tp, cp, ep, etp, dp, dp_cp, edp or pp. collective: all_reduce, all_gather, reduce_scatter, all_to_all, exchange
-    (messages between two ranks). bytes: of the whole call as this rank sends them over the links in a ring or directly, so that
+    (messages between two ranks), or attention: what its strategies send, which the simulator prices. bytes: of the whole call as this rank sends them over the links in a ring or directly, so that
     they can be divided by a bandwidth: (n-1)/n of a reduced or gathered tensor, twice that for an all_reduce.
     """
 
@@ -55,6 +56,7 @@ class PartCost:
 
     name: the sublayer's symbol in the pattern, "embedding" or "loss".
     kept: bytes that stay for backward when forward is done, weights not counted: with activation checkpointing the input alone.
+        What all sublayers share, such as rotary angles, is the embedding's.
     """
 
     name: str

@@ -55,7 +55,7 @@ class Case:
                 d_model=32,
                 vocab_size=61,
                 tie_embeddings=self.tie,
-                attention=AttentionConfig(n_heads=4, n_kv_heads=2, qk_norm=True, bias=True),
+                attention=AttentionConfig(n_heads=4, n_kv_heads=2, qk_norm=True, bias=True, sinks=True),
                 mlp=MlpConfig(d_ff=44),
                 mamba=MambaConfig(head_dim=8, d_state=8, n_groups=2, chunk=16),
                 moe=MoeConfig(n_experts=4, d_ff=24, shared_d_ff=16, balance=BalanceConfig(bias_rate=1e-3)),
@@ -107,6 +107,7 @@ CASES = [
     Case(data_parallel="fsdp", dp=2, cp=2, ep=2, pattern="*E"),
     Case("deepspeed", zero=0, dp=2),
     Case("deepspeed", zero=1, dp=3),
+    Case("deepspeed", zero=1, dp=2, cp=2, pattern="*-"),  # vectors whose sum is no multiple of what groups are padded to
     Case("deepspeed", zero=2, cp=2, tp=2),
     Case("deepspeed", zero=3, dp=3),
     Case("deepspeed", zero=3, dp=2, sub_group=1000),

@@ -125,6 +125,14 @@ def test_kept_is_what_autograd_saves():
         del y
 
 
+def test_kept_on_a_gpu_by_hand():
+    """There the norm widens its input and keeps the copy: the input itself is free again when the layer is through."""
+    n, d, f, half, full = LENGTH, 32, 48, 2, 4
+    norm = n * d * full + n * full + d * full  # the wide input, one number per token, the rounded weight
+    matrices = 2 * f * d * half  # bf16 copies of gate and up
+    assert rehearse(config("-", "bf16"))["-"].kept == norm + n * d * half + matrices + 2 * n * f * half
+
+
 @pytest.mark.parametrize("checkpointing", ["none", "layer"])
 def test_flops_equal_torchs_counter(checkpointing):
     """On a real run; and what mixers state about themselves, but for attention's kernel and the rounding of chunks."""
