@@ -17,7 +17,7 @@ from unittest.mock import patch
 import torch
 
 from lctrain.config.verify import LayoutVerifyConfig
-from lctrain.console import say, table
+from lctrain.console import progress, table
 from lctrain.verify.layout.prove import Prover
 from lctrain.verify.layout.report import LayoutReport
 from lctrain.verify.layout.shrink import shrink
@@ -167,18 +167,19 @@ def try_fault(prover: Prover, fault: Planted, name: str) -> tuple[LayoutReport, 
 def main() -> int:
     """Print what caught each fault."""
     part = sys.argv[1] if len(sys.argv) > 1 else ""
+    chosen = {name: fault for name, fault in FAULTS.items() if part in name}
+    if not chosen:
+        sys.exit(f"no fault has {part!r} in its name; there are: {', '.join(FAULTS)}")
     rows, missed = [], 0
-    with Prover(LayoutVerifyConfig()) as prover:
-        for name, fault in FAULTS.items():
-            if part not in name:
-                continue
+    with progress("faults", len(chosen)) as advance, Prover(LayoutVerifyConfig()) as prover:
+        for name, fault in chosen.items():
             sound, faulty = try_fault(prover, fault, name)
             caught = [check.name for check in faulty.checks if not check.passed] or (
                 ["a rank raised"] if faulty.problem else []
             )
             missed += not sound.passed or not caught
             rows.append((name, "passes" if sound.passed else "FAILS", ", ".join(caught) or "NOT CAUGHT"))
-            say(f"{name}: {rows[-1][2]}")
+            advance(1)
     table(("fault", "without it", "caught by"), rows)
     return int(missed > 0)
 
