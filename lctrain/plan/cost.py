@@ -23,8 +23,9 @@ class Sent(NamedTuple):
     """Bytes that a rank hands over along one dimension of the mesh, by kind of collective, and in how many calls.
 
     dimension: tp, cp, ep, etp, dp, dp_cp, edp or pp. collective: all_reduce, all_gather, reduce_scatter, all_to_all, exchange
-    (messages between two ranks), or attention: what its strategies send, which the simulator prices. bytes: of the whole call as this rank sends them over the links in a ring or directly, so that
-    they can be divided by a bandwidth: (n-1)/n of a reduced or gathered tensor, twice that for an all_reduce.
+    (messages between two ranks), or attention: what its strategies send, which the simulator prices. bytes: of the whole call
+    as this rank sends them over the links in a ring or directly, so that they can be divided by a bandwidth: (n-1)/n of a
+    reduced or gathered tensor, twice that for an all_reduce.
     """
 
     dimension: str
