@@ -28,7 +28,12 @@ def main(args: list[str]) -> int:
     model, spec, about = load_model(config.run, config.checkpoint, device)
     tasks = model.config.moe.router.tasks if "E" in model.config.pattern else 1
     if config.task >= tasks:
-        raise UserError(f"task={config.task}: the model of {config.run} has gates for tasks 0 to {tasks - 1}")
+        has = (
+            f"has gates for tasks 0 to {tasks - 1}"
+            if tasks > 1
+            else "has no gates for tasks (model.moe.router.tasks=1); leave it out"
+        )
+        raise UserError(f"task={config.task}: the model of {config.run} {has}")
     tokenizer = load_tokenizer(spec)
     ids = tokenizer.encode(config.prompt).astype(np.int64).tolist()
     prompt = torch.tensor(ids or [tokenizer.eod], device=device)  # after a document's end comes a new document
