@@ -9,7 +9,7 @@ planned, and the fastest that fit are listed; exit status 1 if nothing fits. Bes
 `lctrain train`.
 
   lctrain plan model=qwen3_8b trainer.seq_len=131072 parallel.cp=8 parallel.tp=4 engine=megatron engine.dtype=bf16 cluster=h200
-  lctrain plan plan.search=true plan.gpus=64 model=llama3_8b trainer.global_batch=64 engine=megatron cluster=h100
+  lctrain plan plan.search=true plan.gpus=8 model=qwen3_8b trainer.global_batch=8 engine=megatron engine.dtype=bf16 cluster=h100
 """
 
 from __future__ import annotations
