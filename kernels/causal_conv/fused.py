@@ -1,7 +1,7 @@
 """Causal depthwise convolution with SiLU over packed documents, token-major, keeping only its input for backward.
 
 Four taps are four multiply-adds over [tokens, channels] as they lie in memory. torch's own convolution wants the channels first
-and knows no documents. A block of tokens at a time stays in the cache; backward forms the sum before SiLU again.
+and knows no documents. On a CPU a block of tokens at a time stays in the cache; backward forms the sum before SiLU again.
 """
 
 from __future__ import annotations
@@ -14,7 +14,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 BLOCK = 1 << 17
-"""Numbers per block of tokens."""
+"""Numbers per block of tokens on a CPU."""
+
+GPU_BLOCK = 1 << 25
+"""The same on a GPU, where it is launches that must be few: 128 MiB in fp32."""
 
 
 def causal_conv(
@@ -47,7 +50,7 @@ class _Taps:
     def blocks(self) -> Iterator[tuple[int, int]]:
         """First token and end of every block, in order."""
         rows, tokens, channels = self.x.shape
-        size = max(self.count, BLOCK // max(1, rows * channels))
+        size = max(self.count, (GPU_BLOCK if self.x.is_cuda else BLOCK) // max(1, rows * channels))
         for start in range(0, tokens, size):
             yield start, min(start + size, tokens)
 

@@ -18,7 +18,10 @@ from torch import Tensor
 from lctrain.kernels.ssd.merge import Summary
 
 PANEL = 1 << 18
-"""Entries of the q x q products that exist at once: they should stay in the cache."""
+"""Entries of the q x q products that exist at once on a CPU: they should stay in the cache."""
+
+GPU_PANEL = 1 << 24
+"""The same on a GPU, where it is launches that must be few: 64 MiB in fp32."""
 
 SMALLEST = {torch.float32: -100.0, torch.float64: -1000.0}
 """Exponent of 2 below which a decay counts as 0."""
@@ -64,12 +67,13 @@ class Problem:
     def panels(self) -> Iterator[Panel]:
         """Cover all rows and chunks; the last chunks of rows, if shorter, make panels of their own."""
         full, rest = divmod(self.tokens, self.chunk)
+        entries = GPU_PANEL if self.x.is_cuda else PANEL
         for q, first, end in ((self.chunk, 0, full), (rest, full, full + 1)):
             if q == 0 or first == end:
                 continue
             each = self.heads * q * q
-            height = min(self.rows, max(1, PANEL // each))
-            width = max(1, PANEL // max(1, each * height))
+            height = min(self.rows, max(1, entries // each))
+            width = max(1, entries // max(1, each * height))
             for row in range(0, self.rows, height):
                 for start in range(first, end, width):
                     stop = min(start + width, end)
