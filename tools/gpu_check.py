@@ -1,7 +1,7 @@
 """Check and time everything that needs a GPU, on this machine's: `make gpu-check`.
 
-Runs the tests of tests/gpu, times the attention kernels over sequence lengths, times training steps, and prints what belongs
-into docs/benchmarks. Exit status 1 if a test fails, 2 if there is no CUDA device.
+Runs the tests of tests/gpu, times the attention kernels over sequence lengths, times training steps beside what `lctrain plan`
+says of them, and prints what belongs into docs/benchmarks. Exit status 1 if a test fails, 2 if there is no CUDA device.
 
 usage: python tools/gpu_check.py [--output results.json]
 """
@@ -31,6 +31,7 @@ from lctrain.optim import make_adamw
 from lctrain.parallel.group import RankGroup
 from lctrain.parallel.layout import SequenceLayout, document_positions
 from lctrain.parallel.sequence import SequenceMeta
+from lctrain.plan.plan import make_plan
 
 LENGTHS = (4096, 16384, 65536)
 
@@ -58,8 +59,12 @@ def main() -> int:
     table(
         list(results["attention"][0]), [list(row.values()) for row in results["attention"]], "causal attention, bf16", "rrrrr"
     )
-    results["step"] = [step_rate("small", length) for length in LENGTHS] + [step_rate("llama3_1b", 16384)]
-    table(list(results["step"][0]), [list(row.values()) for row in results["step"]], "training step, bf16, one GPU", "lrrrr")
+    results["step"] = [
+        *(step_rate("small", length) for length in LENGTHS),
+        step_rate("llama3_1b", 16384),
+        step_rate("hybrid_small", 16384),
+    ]
+    table(list(results["step"][0]), [list(row.values()) for row in results["step"]], "training step, bf16, one GPU", "lrrrrrr")
     if options.output:
         options.output.write_text(json.dumps(results, indent=2) + "\n")
     return int(status != 0)
@@ -86,8 +91,18 @@ def attention_rate(length: int, kv_heads: int) -> dict[str, Any]:
 
 
 def step_rate(model_name: str, length: int) -> dict[str, Any]:
-    """Tokens/s, MFU and peak memory of forward, backward and AdamW on one sequence, recomputing sublayers in backward."""
-    config = load(TrainConfig, "train", [f"model={model_name}"])
+    """Tokens/s, MFU and peak memory of forward, backward and AdamW on one sequence, recomputing sublayers in backward.
+
+    Beside them, those that `lctrain plan` foresees on the preset of this GPU.
+    """
+    settings = (
+        f"trainer.seq_len={length}",
+        "trainer.global_batch=1",
+        "engine.dtype=bf16",
+        "engine.activation_checkpointing=layer",
+    )
+    config = load(TrainConfig, "train", [f"model={model_name}", *settings])
+    plan = make_plan(config)
     device = torch.device("cuda")
     model = LanguageModel(config.model, torch.bfloat16, checkpointing=True)
     initialise(model, seed=0)
@@ -110,8 +125,10 @@ def step_rate(model_name: str, length: int) -> dict[str, Any]:
         "model": model_name,
         "tokens": length,
         "tokens/s": round(length / took),
+        "planned tokens/s": round(plan.tokens_per_s),
         "MFU": f"{mfu:.1%}",
         "peak GiB": round(torch.cuda.max_memory_allocated() / 2**30, 2),
+        "planned GiB": round(plan.most / 2**30, 2),
     }
 
 
