@@ -18,6 +18,7 @@ from lctrain.config.device import DeviceConfig, ProductRates
 from lctrain.devices import gemm_flops
 from lctrain.launch.ranks import RankPool
 from lctrain.parallel.device import Device, Rates
+from lctrain.parallel.group import RankGroup
 from lctrain.parallel.payload import AttentionShape
 
 CPU = torch.device("cpu")
@@ -110,10 +111,11 @@ def _core_rates(rank: int, world_size: int) -> CoreRates:
 
 def _collective_rate(rank: int, world_size: int) -> float:
     """Bytes/s that a rank sends in gloo's all-gather and all-reduce, half of the time each."""
+    group = RankGroup(dist.group.WORLD)
     part, whole = torch.zeros(COLLECTIVE // 4 // world_size), torch.zeros(COLLECTIVE // 4)
     share = COLLECTIVE * (world_size - 1) / world_size
-    gathers = _seconds(lambda: dist.all_gather_into_tensor(whole, part))
-    reduces = _seconds(lambda: dist.all_reduce(whole))
+    gathers = _seconds(lambda: group.all_gather("bench", part))
+    reduces = _seconds(lambda: group.all_reduce("bench", whole))
     return 3 * share / (gathers + reduces)
 
 
