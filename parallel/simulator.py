@@ -2,7 +2,7 @@
 
 Each rank walks through its steps as the executor does. At the start of a step its sends and receives are posted and its kernel
 calls begin; the step ends when the calls are done and every transfer that is due in it has arrived. Where the host looks after
-tensors itself, each of them takes a fixed time on top of the calls. A transfer moves once both sides have posted it and the
+tensors itself, exchanges take a fixed time on top of the calls. A transfer moves once both sides have posted it and the
 link's latency has passed; all that one rank sends to another from the same step to the same step is one message. Messages
 share ports, cards and cores as lctrain.parallel.sharing says. Not modelled: what communication takes from a GPU's own units.
 """
@@ -123,7 +123,20 @@ def busy_seconds(
             for send in step.sends:
                 for end in (rank, send.peer):
                     seconds[end][index] += send.tensors * cluster.topology.cpu_s_per_message
+    for rank, index, _ in exchanges(steps):
+        seconds[rank][index] += cluster.topology.cpu_s_per_exchange
     return seconds
+
+
+def exchanges(steps: Sequence[Sequence[CostedStep]]) -> set[tuple[int, int, int]]:
+    """(rank, step, step at whose end it is waited for) of everything that ranks send and receive together."""
+    return {
+        (end, index, send.until)
+        for rank, own in enumerate(steps)
+        for index, step in enumerate(own)
+        for send in step.sends
+        for end in (rank, send.peer)
+    }
 
 
 def layer_seconds(

@@ -32,8 +32,9 @@ class Topology:
         bottleneck.
     cpu_s_per_byte: core-seconds that each end of a message spends on a byte: one thread per rank does it, so messages of a
         rank go no faster than one core. 0 where copy engines and network cards do the work.
-    cpu_s_per_message: seconds for which each end's computation stops to post and take care of a tensor, whatever its size. 0
-        where that is done while the device computes.
+    cpu_s_per_message: seconds for which each end's computation stops to post a tensor and to wait for it, whatever its size.
+    cpu_s_per_exchange: seconds for which a rank's computation stops for all that it posts together, however many tensors. Both
+        are 0 where the host does that while the device computes.
     cores: cores of a node, which computing ranks and messages share; None: one for every rank of the node.
     """
 
@@ -44,6 +45,7 @@ class Topology:
     cpu_s_per_byte: float = 0.0
     cores: float | None = None
     cpu_s_per_message: float = 0.0
+    cpu_s_per_exchange: float = 0.0
 
     def node(self, rank: int) -> int:
         """Where a rank lives."""

@@ -27,6 +27,7 @@ from lctrain.parallel.group import RankGroup
 from lctrain.parallel.layout import SequenceLayout
 from lctrain.parallel.mask import AttentionMask
 from lctrain.parallel.payload import AttentionShape
+from lctrain.parallel.simulator import exchanges
 from lctrain.parallel.strategy import Strategy
 from lctrain.parallel.topology import Link, Topology
 
@@ -47,14 +48,15 @@ HALF_DUPLEX = 0.75
 
 
 class Network(NamedTuple):
-    """gloo between processes. bytes/s one way, and of each direction both ways; seconds; core-seconds per end, of a byte and of
-    a tensor."""
+    """gloo between processes. bytes/s one way, and of each direction both ways; seconds; core-seconds of an end for a byte, for
+    a tensor, and for all that it posts together."""
 
     one_way: float
     two_way: float
     latency: float
     cpu_s_per_byte: float
     cpu_s_per_message: float = 0.0
+    cpu_s_per_exchange: float = 0.0
 
 
 def core_fraction(pool: RankPool, seconds: float = 0.15) -> float:
@@ -66,8 +68,8 @@ def topology(network: Network, cores: float) -> Topology:
     """This machine as one node for any number of ranks."""
     half = network.two_way < HALF_DUPLEX * network.one_way
     link = Link(network.one_way, network.latency, "half" if half else "full")
-    costs = network.cpu_s_per_byte, network.cpu_s_per_message
-    return Topology(1 << 30, link, link, cpu_s_per_byte=costs[0], cores=cores, cpu_s_per_message=costs[1])
+    fixed = network.cpu_s_per_message, network.cpu_s_per_exchange
+    return Topology(1 << 30, link, link, 1, network.cpu_s_per_byte, cores, *fixed)
 
 
 def measure_device(pool: RankPool, shape: AttentionShape) -> Device:
@@ -100,17 +102,24 @@ def measure_device(pool: RankPool, shape: AttentionShape) -> Device:
     return Device(forward, backward, causal_forward, causal_backward, *fixed)
 
 
-def measure_message(pool: RankPool, shape: AttentionShape, device: Device) -> float:
-    """Core-seconds that an end spends on a tensor: what a ring over one token per chunk takes beyond its calls and passes."""
+def with_exchanges(network: Network, pool: RankPool, shape: AttentionShape, device: Device) -> Network:
+    """With what tensors and exchanges take however small they are, among the ranks of `pool`.
+
+    An exchange: what a ring over one token per chunk takes beyond its calls, passes and tensors, such as threads that wake up.
+    """
     if pool.world_size == 1:
-        return 0.0
+        return network
+    one, many = (fmean(pool.run(_exchange_seconds, count)) for count in (1, MANY))
+    message = max(0.0, many - one) / (MANY - 1) / 2
     tokens = 2 * pool.world_size
     problem = Strategy("ring"), SequenceLayout("zigzag", pool.world_size, tokens), AttentionMask.dense(tokens)
-    steps = [step for way in ("forward", "backward") for rank in costed_steps(*problem, shape, way) for step in rank]
-    calls = sum(len(step.calls) for step in steps)
-    ends = 2 * sum(send.tensors for step in steps for send in step.sends)
-    known = calls * device.call_s + 2 * pool.world_size * device.pass_s  # the queries' bytes are too few to count
-    return max(0.0, sum(pool.run(_pass_seconds, shape, *problem)) - known) / ends
+    ways = [costed_steps(*problem, shape, way) for way in ("forward", "backward")]
+    steps = [step for ranks in ways for own in ranks for step in own]
+    calls, ends = sum(len(step.calls) for step in steps), 2 * sum(send.tensors for step in steps for send in step.sends)
+    known = calls * device.call_s + 2 * pool.world_size * device.pass_s + ends * message  # the queries' bytes are few
+    rest = sum(pool.run(_pass_seconds, shape, *problem)) - known
+    exchange = max(0.0, rest) / sum(len(exchanges(ranks)) for ranks in ways)
+    return network._replace(cpu_s_per_message=message, cpu_s_per_exchange=exchange)
 
 
 def measure_network(pool: RankPool) -> Network:
@@ -148,6 +157,19 @@ def _documents_seconds(rank: int, world_size: int, shape: AttentionShape, count:
     dist.barrier()
     mask = AttentionMask((tuple(range(count + 1)),), causal=True, window=None)
     return _passes(shape, SequenceLayout("contiguous", 1, length), mask, RankGroup(), Strategy())
+
+
+def _exchange_seconds(rank: int, world_size: int, count: int) -> float:
+    """Seconds of this thread for `count` tensors to the next rank and as many from the one before."""
+    group, tensors = RankGroup(dist.group.WORLD), [torch.zeros(1) for _ in range(count)]
+    sends = [("x", tensor, (rank + 1) % world_size) for tensor in tensors]
+    dist.barrier()
+    times = []
+    for _ in range(PASSES * REPEATS):
+        began = time.thread_time()
+        group.wait(group.exchange(sends, [(torch.empty(1), (rank - 1) % world_size) for _ in tensors]))
+        times.append(time.thread_time() - began)
+    return median(times)
 
 
 def _pass_seconds(

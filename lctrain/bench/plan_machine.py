@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 
-from lctrain.bench.calibrate import HALF_DUPLEX, Network, core_fraction, measure_device, measure_message, measure_network
+from lctrain.bench.calibrate import HALF_DUPLEX, Network, core_fraction, measure_device, measure_network, with_exchanges
 from lctrain.config.cluster import ClusterConfig, KernelConfig, LinkConfig, RatesConfig
 from lctrain.config.device import DeviceConfig, ProductRates
 from lctrain.devices import gemm_flops
@@ -47,7 +47,7 @@ def measured_cluster(ranks: int, shape: AttentionShape) -> ClusterConfig:
     with closing(RankPool(ranks)) as pool:
         rates = CoreRates(*(fmean(column) for column in zip(*pool.run(_core_rates), strict=True)))
         device = measure_device(pool, shape)
-        network = network._replace(cpu_s_per_message=measure_message(pool, shape, device))
+        network = with_exchanges(network, pool, shape, device)
         cores = len(os.sched_getaffinity(0)) * core_fraction(pool)
     half = network.two_way < HALF_DUPLEX * network.one_way
     link = LinkConfig(
@@ -72,6 +72,7 @@ def measured_cluster(ranks: int, shape: AttentionShape) -> ClusterConfig:
         cards=1,
         cpu_s_per_gb=max(1e-3, network.cpu_s_per_byte * 1e9),
         cpu_us_per_message=network.cpu_s_per_message * 1e6,
+        cpu_us_per_exchange=network.cpu_s_per_exchange * 1e6,
         cores=cores,
     )
 

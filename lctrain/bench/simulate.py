@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from lctrain.bench.attention_problem import Problem, Timing
 from lctrain.bench.attention_rank import time_rank
-from lctrain.bench.calibrate import Network, core_fraction, measure_device, measure_message, measure_network, topology
+from lctrain.bench.calibrate import Network, core_fraction, measure_device, measure_network, topology, with_exchanges
 from lctrain.bench.report import check_output, introduce_machine, store
 from lctrain.config.simulate import SimulateBenchConfig
 from lctrain.console import progress, say, table
@@ -47,7 +47,7 @@ def bench_simulate(config: SimulateBenchConfig) -> int:
     for cp in config.cp:
         with closing(RankPool(cp)) as pool, progress(f"attention kernel, {cp} ranks at once", 1) as advance:
             device = measure_device(pool, shape)
-            machines[cp] = device, network._replace(cpu_s_per_message=measure_message(pool, shape, device))
+            machines[cp] = device, with_exchanges(network, pool, shape, device)
             advance(1)
     _print_machine(machines)
     results = [row for seq in config.seq for cp in config.cp for row in _measure(config, seq, cp, *machines[cp])]
@@ -124,10 +124,11 @@ def _print_machine(machines: dict[int, tuple[Device, Network]]) -> None:
         f" {network.latency * 1e6:.0f} us, {network.cpu_s_per_byte * 1e9:.2f} core-seconds per GB at each end"
     )
     for cp, (device, network) in machines.items():
-        times = (device.call_s, device.pass_s, network.cpu_s_per_message)
-        call, one_pass, message = (f"{seconds * 1e6:.0f}" for seconds in times)
+        times = (device.call_s, device.pass_s, network.cpu_s_per_message, network.cpu_s_per_exchange)
+        call, one_pass, message, exchange = (f"{seconds * 1e6:.0f}" for seconds in times)
         per_byte = f"{device.pass_s_per_byte * 1e9:.1f} s per GB of queries"
-        say(f"{cp} ranks: a call takes {call} us besides, a pass {one_pass} and {per_byte}, a tensor {message} at each end")
+        say(f"{cp} ranks: a call takes {call} us besides, a pass {one_pass} and {per_byte};")
+        say(f"         a rank takes {exchange} us for what it posts together, and {message} for each tensor of it")
     say("")
 
 

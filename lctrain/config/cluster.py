@@ -109,6 +109,8 @@ class ClusterConfig(Strict):
     """Core-seconds that each end of a transfer spends on 1e9 bytes; 0 where network cards and copy engines do it."""
     cpu_us_per_message: NonNegativeFloat = 0.0
     """Microseconds for which each end's computation stops for a tensor of any size; 0 where the host works ahead."""
+    cpu_us_per_exchange: NonNegativeFloat = 0.0
+    """Microseconds for which a device's computation stops for all that it posts together; 0 where the host works ahead."""
     cores: PositiveFloat | None = None
     """Cores of a node that computing and communicating share, if cpu_s_per_gb is not 0; null: one for each of its ranks."""
 
@@ -124,6 +126,6 @@ class ClusterConfig(Strict):
         fixed = kernel.call_us * 1e-6, kernel.pass_us * 1e-6, kernel.pass_s_per_gb * 1e-9
         device = Device(forward, backward, causal_forward, causal_backward, *fixed)
         inside, between = self.inside.build(), self.between.build()
-        per_byte, per_message = self.cpu_s_per_gb * 1e-9, self.cpu_us_per_message * 1e-6
-        topology = Topology(self.ranks_per_node, inside, between, self.cards, per_byte, self.cores, per_message)
+        host = self.cpu_us_per_message * 1e-6, self.cpu_us_per_exchange * 1e-6
+        topology = Topology(self.ranks_per_node, inside, between, self.cards, self.cpu_s_per_gb * 1e-9, self.cores, *host)
         return Cluster(self.name, device, topology)

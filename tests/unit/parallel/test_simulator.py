@@ -15,7 +15,7 @@ from lctrain.parallel.device import Device, Rates
 from lctrain.parallel.layout import SequenceLayout
 from lctrain.parallel.mask import AttentionMask
 from lctrain.parallel.payload import AttentionShape
-from lctrain.parallel.simulator import Cluster, Simulation, layer_seconds, simulate
+from lctrain.parallel.simulator import Cluster, Simulation, exchanges, layer_seconds, simulate
 from lctrain.parallel.strategy import NAMES, Strategy
 from lctrain.parallel.topology import Link, Topology
 
@@ -113,10 +113,18 @@ def test_every_tensor_stops_both_ends_and_every_pass_and_call_its_rank():
     ends = [sum(n for source, _, peer, n in sends if rank in (source, peer)) for rank in (0, 1)]
     assert sends == [(0, 0, 1, 1), (1, 2, 0, 1)]  # keys and values downwards, their gradients home
     costs = Device(*rates, call_s=1.0, pass_s=10.0, pass_s_per_byte=1000.0)
-    timeline = simulate(*problem, Cluster("", costs, one_node(FOREVER, cpu_s_per_message=100.0)))
+    host = one_node(FOREVER, cpu_s_per_message=100.0, cpu_s_per_exchange=1e5)
+    timeline = simulate(*problem, Cluster("", costs, host))
     queries = 2 * 2 * 4  # tokens of a rank, head size, bytes
-    expected = [count + 10.0 + 1000.0 * queries + 100.0 * end for count, end in zip(calls, ends, strict=True)]
+    # Each rank takes part in the exchange of the first step and in that of the second.
+    expected = [count + 10.0 + 1000.0 * queries + 100.0 * end + 2e5 for count, end in zip(calls, ends, strict=True)]
     assert [rank.compute for rank in timeline.ranks()] == pytest.approx(expected)
+
+
+def test_what_is_posted_together_for_one_step_is_one_exchange():
+    together = (Send("q", 1, 8, 1, tensors=2), Send("kv", 1, 8, 1), Send("kv", 2, 8, 2))
+    steps = [[CostedStep((), together), WORK, WORK], [WORK] * 3, [WORK] * 3]
+    assert exchanges(steps) == {(0, 0, 1), (1, 0, 1), (0, 0, 2), (2, 0, 2)}
 
 
 def test_zigzag_ring_of_two_by_hand():
