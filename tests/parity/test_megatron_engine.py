@@ -12,9 +12,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from lctrain.checkpoint.store import CheckpointStore
-from lctrain.config.latent_attention import LatentAttentionConfig
 from lctrain.config.launcher import LauncherConfig
-from lctrain.config.mamba import LinearAttentionConfig, MambaConfig
 from lctrain.config.model import AttentionConfig, MlpConfig, ModelConfig
 from lctrain.config.moe import BalanceConfig, MoeConfig
 from lctrain.config.optim import OptimConfig
@@ -25,6 +23,7 @@ from lctrain.engines.make import make_engine
 from lctrain.engines.megatron import engine as _imported_before_ranks_are_forked  # noqa: F401
 from lctrain.launch.ranks import run_ranks
 from lctrain.parallel.mesh import ProcessMesh
+from tests.mixers import MIXERS
 
 VOCAB = 64
 MIXED = "*E-E"
@@ -70,11 +69,7 @@ class Case:
                 tie_embeddings=self.tie,
                 attention=AttentionConfig(n_heads=4, n_kv_heads=self.kv_heads, window=20, qk_norm=True, bias=True, sinks=True),
                 mlp=MlpConfig(d_ff=48),
-                mamba=MambaConfig(head_dim=8, d_state=8, n_groups=2, chunk=16),
-                linear_attention=LinearAttentionConfig(n_heads=4),
-                latent_attention=LatentAttentionConfig(
-                    n_heads=4, q_lora_rank=16, kv_lora_rank=16, qk_nope_head_dim=8, qk_rope_head_dim=4, v_head_dim=8
-                ),
+                **MIXERS,
                 moe=MoeConfig(
                     n_experts=4,
                     d_ff=24,

@@ -17,9 +17,7 @@ import torch.distributed as dist
 from megatron.core.tensor_parallel import mappings
 from torch import Tensor
 
-from lctrain.config.latent_attention import LatentAttentionConfig
 from lctrain.config.launcher import LauncherConfig
-from lctrain.config.mamba import LinearAttentionConfig, MambaConfig
 from lctrain.config.model import AttentionConfig, MlpConfig, ModelConfig
 from lctrain.config.moe import BalanceConfig, MoeConfig, RoutedHeadsConfig
 from lctrain.config.schema import CorpusConfig, DataConfig, EngineConfig, ParallelConfig, TrainConfig, TrainerConfig
@@ -33,6 +31,7 @@ from lctrain.plan.cost import Operation, PartCost, PassCost
 from lctrain.plan.counted_group import counted, direct_dimensions
 from lctrain.plan.counting import CostCounter
 from lctrain.plan.rehearse import Rehearsal, build, make_sequence, rehearse
+from tests.mixers import MIXERS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,11 +63,7 @@ class Case:
                 vocab_size=61,
                 attention=attention,
                 mlp=MlpConfig(d_ff=48),
-                mamba=MambaConfig(head_dim=8, d_state=8, n_groups=2, chunk=16),
-                linear_attention=LinearAttentionConfig(n_heads=4),
-                latent_attention=LatentAttentionConfig(
-                    n_heads=4, q_lora_rank=16, kv_lora_rank=16, qk_nope_head_dim=8, qk_rope_head_dim=4, v_head_dim=8
-                ),
+                **MIXERS,
                 moe=MoeConfig(
                     n_experts=4,
                     top_k=2,

@@ -8,9 +8,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from lctrain.config.latent_attention import LatentAttentionConfig
 from lctrain.config.launcher import LauncherConfig
-from lctrain.config.mamba import LinearAttentionConfig, MambaConfig
 from lctrain.config.model import AttentionConfig, MlpConfig, ModelConfig
 from lctrain.config.moe import BalanceConfig, MoeConfig, RouterConfig
 from lctrain.config.schema import CorpusConfig, DataConfig, EngineConfig, ParallelConfig, TrainConfig, TrainerConfig
@@ -22,6 +20,7 @@ from lctrain.plan.cost import PartCost
 from lctrain.plan.counted_group import counted
 from lctrain.plan.counting import CostCounter
 from lctrain.plan.rehearse import Rehearsal, build, make_sequence, rehearse
+from tests.mixers import MIXERS
 
 LENGTH = 96
 
@@ -37,11 +36,7 @@ def config(
             vocab_size=61,
             attention=AttentionConfig(n_heads=4, n_kv_heads=2, window=20, qk_norm=True, bias=True),
             mlp=MlpConfig(d_ff=48),
-            mamba=MambaConfig(head_dim=8, d_state=8, n_groups=2, chunk=16),
-            linear_attention=LinearAttentionConfig(n_heads=4),
-            latent_attention=LatentAttentionConfig(
-                n_heads=4, q_lora_rank=16, kv_lora_rank=16, qk_nope_head_dim=8, qk_rope_head_dim=4, v_head_dim=8
-            ),
+            **MIXERS,
             moe=MoeConfig(
                 **{
                     "n_experts": 4,
