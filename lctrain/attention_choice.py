@@ -67,7 +67,9 @@ def announce_choice(config: TrainConfig, device: torch.device, tracker: Tracker)
     for window, candidates in _ranked(config, device).items():
         names: dict[Kind, str] = {None: "full-attention layers", "+": "latent-attention layers"}
         layers = names.get(window, f"layers with a window of {window}")
-        best = "; ".join(f"{_described(c)} {c.seconds * 1e3:.4g} ms, {c.bytes / 1e6:.4g} MB" for c in candidates[:SHOWN])
+        best = "; ".join(
+            f"{describe_strategy(c.strategy)} {c.seconds * 1e3:.4g} ms, {c.bytes / 1e6:.4g} MB" for c in candidates[:SHOWN]
+        )
         tracker.message(f"attention of {layers}, simulated on {cluster.name}, forward and backward of one: {best}")
         tracker.event("attention", window=window, cluster=cluster.name, candidates=[_row(c) for c in candidates])
 
@@ -142,10 +144,6 @@ def _shape(config: TrainConfig, kind: Kind) -> AttentionShape:
     return AttentionShape(batch, attention.n_heads // tp, max(1, attention.n_kv_heads // tp), head_dim, dtype)
 
 
-def _described(candidate: Candidate) -> str:
-    return describe_strategy(candidate.strategy)
-
-
 def describe_strategy(strategy: Strategy) -> str:
     """Name and degrees, for people."""
     if strategy.name == "usp":
@@ -155,4 +153,4 @@ def describe_strategy(strategy: Strategy) -> str:
 
 def _row(candidate: Candidate) -> dict[str, object]:
     times = {"forward_s": candidate.forward_s, "backward_s": candidate.backward_s, "bytes": candidate.bytes}
-    return {"strategy": _described(candidate), **times}
+    return {"strategy": describe_strategy(candidate.strategy), **times}

@@ -29,7 +29,7 @@ from lctrain.parallel.mask import AttentionMask
 from lctrain.parallel.payload import AttentionShape
 from lctrain.parallel.simulator import exchanges
 from lctrain.parallel.strategy import Strategy
-from lctrain.parallel.topology import Link, Topology
+from lctrain.parallel.topology import Duplex, Link, Topology
 
 SIZES = (128, 512, 2048, 4096)
 """Rows and columns of measured rectangles, and sides of measured causal squares."""
@@ -58,6 +58,11 @@ class Network(NamedTuple):
     cpu_s_per_message: float = 0.0
     cpu_s_per_exchange: float = 0.0
 
+    @property
+    def duplex(self) -> Duplex:
+        """Whether both ways at once get less each than one alone."""
+        return "half" if self.two_way < HALF_DUPLEX * self.one_way else "full"
+
 
 def core_fraction(pool: RankPool, seconds: float = 0.15) -> float:
     """Share of the cores it could use that `pool` gets when all of its ranks compute."""
@@ -66,8 +71,7 @@ def core_fraction(pool: RankPool, seconds: float = 0.15) -> float:
 
 def topology(network: Network, cores: float) -> Topology:
     """This machine as one node for any number of ranks."""
-    half = network.two_way < HALF_DUPLEX * network.one_way
-    link = Link(network.one_way, network.latency, "half" if half else "full")
+    link = Link(network.one_way, network.latency, network.duplex)
     fixed = network.cpu_s_per_message, network.cpu_s_per_exchange
     return Topology(1 << 30, link, link, 1, network.cpu_s_per_byte, cores, *fixed)
 

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 
-from lctrain.bench.calibrate import HALF_DUPLEX, Network, core_fraction, measure_device, measure_network, with_exchanges
+from lctrain.bench.calibrate import Network, core_fraction, measure_device, measure_network, with_exchanges
 from lctrain.config.cluster import ClusterConfig, KernelConfig, LinkConfig, RatesConfig
 from lctrain.config.device import DeviceConfig, ProductRates
 from lctrain.devices import gemm_flops
@@ -49,11 +49,10 @@ def measured_cluster(ranks: int, shape: AttentionShape) -> ClusterConfig:
         device = measure_device(pool, shape)
         network = with_exchanges(network, pool, shape, device)
         cores = len(os.sched_getaffinity(0)) * core_fraction(pool)
-    half = network.two_way < HALF_DUPLEX * network.one_way
     link = LinkConfig(
         gb_per_s=network.one_way / 1e9,
         latency_us=network.latency * 1e6,
-        duplex="half" if half else "full",
+        duplex=network.duplex,
         collective_gb_per_s=None if collective is None else collective / 1e9,
     )
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9

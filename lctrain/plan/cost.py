@@ -5,6 +5,9 @@ from __future__ import annotations
 import dataclasses
 from typing import NamedTuple
 
+FP32 = 4
+"""Bytes of a weight, a moment, a gradient and a count of steps."""
+
 
 class Operation(NamedTuple):
     """A kernel that runs `calls` times: multiply-adds x 2 of its matrix products (0 without), bytes that it reads and writes.

@@ -14,9 +14,7 @@ from lctrain.models.pattern import parse_pattern
 from lctrain.models.piece import piece_ranges
 from lctrain.models.place import Family, parameter_places
 from lctrain.parallel.mesh import ProcessMesh
-from lctrain.plan.cost import StaticMemory
-
-FP32 = 4
+from lctrain.plan.cost import FP32, StaticMemory
 
 
 @dataclasses.dataclass(frozen=True)

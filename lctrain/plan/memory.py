@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 
 from lctrain.config.deepspeed import checked_config, zero_stage
 from lctrain.config.schema import TrainConfig
-from lctrain.plan.cost import PartCost, StaticMemory
-from lctrain.plan.layers import FP32, Layers, Parameters, Stage
+from lctrain.plan.cost import FP32, PartCost, StaticMemory
+from lctrain.plan.layers import Layers, Parameters, Stage
 from lctrain.plan.timing import micro_batches
 
 

@@ -13,8 +13,8 @@ from typing import Literal, NamedTuple
 from lctrain.config.deepspeed import checked_config, zero_stage
 from lctrain.config.schema import TrainConfig
 from lctrain.parallel.mesh import ProcessMesh
-from lctrain.plan.cost import Sent
-from lctrain.plan.layers import FP32, Parameters
+from lctrain.plan.cost import FP32, Sent
+from lctrain.plan.layers import Parameters
 
 When = Literal["forward", "backward", "last backward", "after"]
 DDP_BUCKET = 25 << 20

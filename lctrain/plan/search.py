@@ -14,9 +14,10 @@ from typing import Any, NamedTuple
 
 from lctrain.attention_choice import attention_kinds, costliest_case
 from lctrain.config.cluster import ClusterConfig
-from lctrain.config.schema import TrainConfig
+from lctrain.config.schema import ParallelConfig, TrainConfig
 from lctrain.console import progress
 from lctrain.errors import UserError
+from lctrain.models.pattern import parse_pattern
 from lctrain.parallel.strategy import Strategy
 from lctrain.plan.attention import attention_cluster, attention_time
 from lctrain.plan.cost import PartCost, StaticMemory
@@ -27,6 +28,11 @@ from lctrain.plan.variants import variant
 
 STRATEGIES = ("ulysses", "ring", "usp", "all_gather")
 """Tried in this order; of equal ones the first."""
+NO_STRATEGY = {
+    f"parallel__{name}": ParallelConfig.model_fields[name].default
+    for name in ("attention", "ulysses", "ring", "nesting", "node_size")
+}
+"""What the user says of it is not a part of any layout that is tried."""
 
 
 @dataclasses.dataclass
@@ -63,7 +69,7 @@ def search(
     config: TrainConfig, devices: int, reserve: float, rehearse: Rehearse = rehearsed, static: Static = static_memory
 ) -> Found:
     """Plan every layout of so many devices. UserError if the config's checks refuse all of them."""
-    config = variant(config.model_copy(update={"cluster": planned_cluster(config)}))
+    config = variant(config.model_copy(update={"cluster": planned_cluster(config)}), **NO_STRATEGY)
     assert config.cluster is not None
     looking = _Search(config.cluster, reserve, rehearse, static)
     candidates = [
@@ -146,19 +152,23 @@ class _Search:
             return config
         key = config.cp, config.parallel.tp
         if key not in self._strategies:
-            self._strategies[key] = min(STRATEGIES, key=lambda name: self._attention_s(config, name))
-        return variant(config, parallel__attention=self._strategies[key], parallel__ulysses=None, parallel__node_size=None)
+            self._strategies[key] = min(STRATEGIES, key=lambda name: attention_seconds(config, self.cluster, name))
+        return variant(config, parallel__attention=self._strategies[key])
 
-    def _attention_s(self, config: TrainConfig, name: str) -> float:
-        strategy, seen = Strategy(name), attention_cluster(config, self.cluster)
-        total = 0.0
-        for symbol, kind in attention_kinds(config).items():
-            case = costliest_case(config, kind)
-            if name == "ulysses" and config.cp > case[2].n_heads:
-                return math.inf
-            layers = config.model.pattern.count(symbol)
-            total += layers * sum(attention_time(strategy, *case, way, seen).total for way in ("forward", "backward"))
-        return total
+
+def attention_seconds(config: TrainConfig, cluster: ClusterConfig, name: str) -> float:
+    """Forward and backward of all attention layers with one strategy; infinite if it has too few heads for the ranks."""
+    strategy, seen = Strategy(name), attention_cluster(config, cluster)
+    symbols = [layer.symbol for layer in parse_pattern(config.model.pattern)]
+    total = 0.0
+    for symbol, kind in attention_kinds(config).items():
+        case = costliest_case(config, kind)
+        if name == "ulysses" and config.cp > case[2].n_heads:
+            return math.inf
+        total += symbols.count(symbol) * sum(
+            attention_time(strategy, *case, way, seen).total for way in ("forward", "backward")
+        )
+    return total
 
 
 def _settings(config: TrainConfig, grid: Grid) -> Iterator[dict[str, Any]]:

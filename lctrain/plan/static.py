@@ -24,11 +24,8 @@ from lctrain.models.parallel import ModelParallel
 from lctrain.models.piece import Piece, piece_ranges
 from lctrain.models.place import Family, own_share, parameter_places
 from lctrain.parallel.mesh import MeshGroups, ProcessMesh
-from lctrain.plan.cost import StaticMemory
+from lctrain.plan.cost import FP32, StaticMemory
 from lctrain.plan.fake_world import fake_world
-
-FP32 = 4
-"""Bytes of a weight, a moment and a count of steps."""
 
 ALIGNMENT = 2
 """DeepSpeed's ZeRO 1 and 2 pad the parameters of an optimizer group to a multiple of this many for every rank."""

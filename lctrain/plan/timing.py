@@ -22,10 +22,10 @@ from lctrain.devices import DTYPES
 from lctrain.parallel.deal import make_layout
 from lctrain.parallel.schedule import Direction
 from lctrain.plan.attention import attention_cluster, attention_time
-from lctrain.plan.cost import PartCost, PassCost, Sent, StaticMemory
+from lctrain.plan.cost import FP32, PartCost, PassCost, Sent, StaticMemory
 from lctrain.plan.counted_group import ATTENTION
 from lctrain.plan.counting import IN_ATTENTION
-from lctrain.plan.layers import FP32, Layers, Stage
+from lctrain.plan.layers import Layers, Stage
 from lctrain.plan.links import host_seconds, sent_seconds
 from lctrain.plan.replicas import Replicated, replicated
 from lctrain.plan.step_time import StepTime

@@ -8,7 +8,8 @@ from lctrain.errors import UserError
 from lctrain.plan.cost import StaticMemory
 from lctrain.plan.plan import make_plan, peak_flops
 from lctrain.plan.remedies import remedies
-from lctrain.plan.search import Grid, grids, search
+from lctrain.plan.search import Grid, attention_seconds, grids, search
+from lctrain.plan.step_time import StepTime
 from lctrain.plan.variants import variant
 from tests.unit.plan.made import config_of, part
 
@@ -141,3 +142,22 @@ def test_tokens_and_mfu(cluster):
     assert plan.tokens == 8 * 1024
     assert plan.tokens_per_s == pytest.approx(plan.tokens / plan.step.total / 2)
     assert plan.mfu == pytest.approx(plan.flops / plan.step.total / 2 / 1e12)
+
+
+def test_strategies_are_weighed_by_the_layers_that_use_them(cluster, monkeypatch):
+    monkeypatch.setattr("lctrain.plan.search.attention_time", lambda *_: StepTime(attention=1.0))
+    model = ("model=tiny", "model.pattern=(W-){3}*-", "model.attention.window=64", "parallel.cp=2")
+    config = config_of(*model).model_copy(update={"cluster": cluster})
+    assert attention_seconds(config, cluster, "ring") == 2 * (3 + 1)
+
+
+def test_the_users_strategy_and_its_degrees_do_not_narrow_the_search(cluster):
+    usp = (
+        "parallel.cp=4",
+        "parallel.attention=usp",
+        "parallel.ulysses=4",
+        "parallel.ring=token_ring",
+        "parallel.nesting=outer",
+    )
+    found, plain = (searched(cluster, 2, *strategy) for strategy in (usp, ()))
+    assert [plan.config.parallel for plan in found.plans] == [plan.config.parallel for plan in plain.plans]
